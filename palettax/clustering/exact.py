@@ -1,0 +1,319 @@
+"""Exact weighted k-means in one dimension, in time O(n) per Lagrangian probe and memory O(n) whatever k is.
+
+Optimal clusters of sorted points are intervals, so a clustering is a path 0 = b₀ < b₁ < … < b_k = n whose link (i, j)
+costs the squared error of the points i..j-1 about their mean. That cost is concave Monge, hence the cost C(k) of the
+best k-link path is convex in k and
+
+    C(k) = max_λ  [ min over paths of any length of (cost + λ · links) - λ k ].
+
+A probe solves the inner problem with a monotone queue. The outer maximum takes a few probes; where C is linear around k
+several path lengths tie, and a k-link path is spliced from a shorter and a longer optimal one. The maximum is a lower
+bound for every clustering, so each answer carries its proof.
+
+Grønlund, Larsen, Mathiasen, Nielsen, Schneider, Song, "Fast exact k-means, k-medians and Bregman divergence clustering
+in 1D", arXiv 1701.07204, 2017. Aggarwal, Schieber, Tokuyama, "Finding a minimum-weight k-link path in graphs with the
+concave Monge property and applications", Discrete & Computational Geometry 12, 1994.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, no_type_check
+
+import numpy as np
+from numba import njit
+
+# Kernels hold no GIL, so groups run on all cores from plain Python threads. Numba compiles the bare function: it can
+# take no type-checking wrapper.
+kernel = njit(cache=True, nogil=True, error_model="numpy")
+
+MAX_PROBES = 64
+
+
+class Clustering(NamedTuple):
+    """An optimal clustering of sorted points.
+
+    Attributes:
+        centroids: (k,) float64, ascending: the weighted means.
+        cost: the inertia.
+        bound: a lower bound on the inertia of every clustering into k; equal to `cost` up to rounding.
+        probes: how many penalties were tried.
+    """
+
+    centroids: np.ndarray
+    cost: float
+    bound: float
+    probes: int
+
+
+@no_type_check
+def two_sum(a, b):
+    """The rounded sum of two floats, or arrays of them, and its exact rounding error (Knuth)."""
+    s = a + b
+    t = s - a
+    return s, (a - (s - t)) + (b - t)
+
+
+_two_sum = kernel(two_sum)
+
+
+@kernel
+@no_type_check
+def _split(a):
+    """The upper and lower 26 bits of a double (Veltkamp)."""
+    t = 134217729.0 * a
+    high = t - (t - a)
+    return high, a - high
+
+
+@kernel
+@no_type_check
+def _two_product(a, b):
+    """The rounded product and its exact rounding error (Dekker)."""
+    p = a * b
+    ah, al = _split(a)
+    bh, bl = _split(b)
+    return p, ((ah * bh - p) + ah * bl + al * bh) + al * bl
+
+
+@kernel
+@no_type_check
+def _prefix_sums(values, mass):
+    """Row i: Σ w, Σ w v and Σ w v² over the first i points, each as a high and a low double.
+
+    In plain doubles the cost of a link cancels to nothing once its points are close together beside their mean.
+    """
+    n = values.shape[0]
+    sums = np.zeros((n + 1, 6))
+    for i in range(n):
+        first, first_low = _two_product(mass[i], values[i])
+        second, second_low = _two_product(first, values[i])
+        second_low += first_low * values[i]
+        for column, high, low in ((0, mass[i], 0.0), (2, first, first_low), (4, second, second_low)):
+            total, error = _two_sum(sums[i, column], high)
+            low += error + sums[i, column + 1]
+            total, low = _two_sum(total, low)
+            sums[i + 1, column] = total
+            sums[i + 1, column + 1] = low
+    return sums
+
+
+@kernel
+@no_type_check
+def _between(sums, i, j, column):
+    """A prefix sum's share of the points i..j-1, as a high and a low double."""
+    high, low = _two_sum(sums[j, column], -sums[i, column])
+    return _two_sum(high, low + (sums[j, column + 1] - sums[i, column + 1]))
+
+
+@kernel
+@no_type_check
+def _mean(sums, i, j):
+    return _between(sums, i, j, 2)[0] / _between(sums, i, j, 0)[0]
+
+
+@kernel
+@no_type_check
+def _link_cost(sums, i, j):
+    """Squared error of the points i..j-1 about their mean m: (Q - m S) - m r - r²/W with the residue r = S - m W."""
+    mass, mass_low = _between(sums, i, j, 0)
+    first, first_low = _between(sums, i, j, 2)
+    second, second_low = _between(sums, i, j, 4)
+    mean = first / mass
+    p, p_low = _two_product(mean, mass)
+    residue = (first - p) + (first_low - p_low - mean * mass_low)
+    p, p_low = _two_product(mean, first)
+    cost = (second - p) + (second_low - p_low - mean * first_low)
+    return max(cost - mean * residue - residue * residue / mass, 0.0)
+
+
+@kernel
+@no_type_check
+def _shortest_path(sums, penalty, cost, parent, heads, starts):
+    """Min over paths 0 → n of Σ (link + penalty); fills `parent` and returns (path value, links).
+
+    `heads[front..back]` are the origins that are still best for some end; origin h is so from `starts` on. A later
+    origin, once ahead, stays ahead (Monge), so one crossing point per neighbouring pair describes the queue.
+    """
+    n = sums.shape[0] - 1
+    cost[0] = 0.0
+    front = 0
+    back = 0
+    heads[0] = 0
+    starts[0] = 1
+    for j in range(1, n + 1):
+        while front < back and starts[front + 1] <= j:
+            front += 1
+        origin = heads[front]
+        cost[j] = cost[origin] + _link_cost(sums, origin, j) + penalty
+        parent[j] = origin
+        if j == n:
+            break
+        while True:
+            rival = heads[back]
+            low = max(starts[back], j + 1)
+            if cost[j] + _link_cost(sums, j, low) < cost[rival] + _link_cost(sums, rival, low):
+                if back == front:
+                    heads[back] = j
+                    starts[back] = j + 1
+                    break
+                back -= 1
+                continue
+            # j loses at `low`: gallop, then bisect, to the first end where it wins.
+            step = 1
+            high = min(low + step, n)
+            while high > low and not cost[j] + _link_cost(sums, j, high) < cost[rival] + _link_cost(sums, rival, high):
+                low = high
+                step *= 2
+                high = min(low + step, n)
+            if high == low:
+                break
+            while low + 1 < high:
+                middle = (low + high) // 2
+                if cost[j] + _link_cost(sums, j, middle) < cost[rival] + _link_cost(sums, rival, middle):
+                    high = middle
+                else:
+                    low = middle
+            back += 1
+            heads[back] = j
+            starts[back] = high
+            break
+    links = 0
+    j = n
+    while j > 0:
+        j = parent[j]
+        links += 1
+    return cost[n], links
+
+
+@kernel
+@no_type_check
+def _walk(parent, links):
+    """The boundaries of the path that `parent` describes."""
+    boundaries = np.empty(links + 1, np.int64)
+    j = parent.shape[0] - 1
+    for a in range(links, 0, -1):
+        boundaries[a] = j
+        j = parent[j]
+    boundaries[0] = 0
+    return boundaries
+
+
+@kernel
+@no_type_check
+def _splice(short, long, k):
+    """A k-link path: the head of a longer optimal path, the tail of a shorter one; as good as both if they tie."""
+    shift = k + 1 - short.shape[0]
+    for i in range(short.shape[0] - 1):
+        if short[i] <= long[i + shift] and long[i + shift + 1] <= short[i + 1]:
+            break
+    path = np.empty(k + 1, np.int64)
+    path[: i + shift + 1] = long[: i + shift + 1]
+    path[i + shift + 1 :] = short[i + 1 :]
+    return path
+
+
+@kernel
+@no_type_check
+def _first_penalty(values, mass, k):
+    """The slope -dC/dk of Panter and Dite's C(k) ≈ (∫ f^⅓)³ / (12 k²), f the density of the points."""
+    n = values.shape[0]
+    integral = 0.0
+    for i in range(n):
+        gap = 0.5 * (values[min(i + 1, n - 1)] - values[max(i - 1, 0)])
+        integral += np.cbrt(mass[i]) * np.cbrt(gap) ** 2
+    return (integral / k) ** 3 / 6.0
+
+
+@kernel
+@no_type_check
+def _path_cost(sums, boundaries):
+    total = 0.0
+    for a in range(boundaries.shape[0] - 1):
+        if boundaries[a] < boundaries[a + 1]:
+            total += _link_cost(sums, boundaries[a], boundaries[a + 1])
+    return total
+
+
+@kernel
+@no_type_check
+def _search(values, mass, sums, k):
+    """Maximise the dual over the penalty; returns (boundaries, bound, probes)."""
+    n = values.shape[0]
+    cost = np.empty(n + 1)
+    parent = np.zeros(n + 1, np.int32)
+    heads = np.empty(n + 1, np.int32)
+    starts = np.empty(n + 1, np.int32)
+    # Brackets: at `low` paths have too many links, at `high` too few. All points apart and all in one are the first.
+    low, long, long_cost = 0.0, np.arange(n + 1), 0.0
+    high, short, short_cost = np.inf, np.array([0, n]), _link_cost(sums, 0, n)
+    penalty = min(_first_penalty(values, mass, k), short_cost)
+    bound = 0.0
+    for probe in range(1, MAX_PROBES + 1):
+        value, links = _shortest_path(sums, penalty, cost, parent, heads, starts)
+        bound = max(bound, value - penalty * k)
+        chord = (short_cost - long_cost) / (long.shape[0] - short.shape[0])
+        if links == k:
+            path = _walk(parent, links)
+            inertia = _path_cost(sums, path)
+            if penalty <= 100.0 * inertia:
+                return path, bound, probe
+            # The same path is optimal down to C(k) - C(k+1), and beside a far larger penalty its cost would drown.
+            penalty = inertia
+            continue
+        if penalty == chord and (links >= long.shape[0] - 1 or links <= short.shape[0] - 1):
+            # Nothing beats the ends of the chord on it, so every length between them ties.
+            return _splice(short, long, k), bound, probe
+        if links > k:
+            low, long, long_cost = penalty, _walk(parent, links), value - penalty * links
+        else:
+            high, short, short_cost = penalty, _walk(parent, links), value - penalty * links
+        if low == 0.0:
+            penalty *= min((links / k) ** 3, 1.0) / 4.0 ** (probe - 1)
+        elif high == np.inf:
+            penalty *= max((links / k) ** 3, 1.0) * 4.0 ** (probe - 1)
+        elif probe % 2 == 0 or long.shape[0] - short.shape[0] <= 4:
+            penalty = (short_cost - long_cost) / (long.shape[0] - short.shape[0])
+        elif probe < 6:
+            # k grows like λ^(-1/3): interpolate between the brackets in the logarithms.
+            across = np.log((long.shape[0] - 1) / k) / np.log((long.shape[0] - 1) / (short.shape[0] - 1))
+            penalty = low * (high / low) ** across
+        else:
+            penalty = np.sqrt(low * high)
+    return _splice(short, long, k), bound, MAX_PROBES
+
+
+@kernel
+@no_type_check
+def _solve(values, mass, k):
+    sums = _prefix_sums(values, mass)
+    boundaries, bound, probes = _search(values, mass, sums, k)
+    centroids = np.empty(k)
+    for a in range(k):
+        centroids[a] = _mean(sums, boundaries[a], boundaries[a + 1])
+    return centroids, _path_cost(sums, boundaries), bound, probes
+
+
+@kernel
+@no_type_check
+def partition_cost(values, mass, boundaries):
+    """Σ over intervals of the squared error about their means; an empty interval costs nothing."""
+    sums = _prefix_sums(values, mass)
+    return _path_cost(sums, boundaries)
+
+
+def power_of_two(values: np.ndarray) -> float:
+    """A power of two no smaller than any magnitude: dividing by it is exact, and squares then stay in range."""
+    return float(2.0 ** np.frexp(np.abs(values).max())[1])
+
+
+def exact_clusters(values: np.ndarray, mass: np.ndarray, k: int) -> Clustering:
+    """The optimal clustering of weighted points on a line into k intervals, to about 1e-30 of Σ mass · value².
+
+    Args:
+        values: (n,) float64, strictly ascending, finite; n > k.
+        mass: (n,) float64, positive.
+        k: the number of clusters, at least 1.
+    """
+    unit, heaviest = power_of_two(values), power_of_two(mass)
+    centroids, cost, bound, probes = _solve(values / unit, mass / heaviest, k)
+    return Clustering(centroids * unit, cost * unit**2 * heaviest, bound * unit**2 * heaviest, probes)

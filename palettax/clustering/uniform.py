@@ -1,0 +1,48 @@
+"""`uniform_lut`: evenly spaced entries from the smallest weight to the largest."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from palettax._typing import Array
+from palettax.clustering.assignment import assign, lookup
+from palettax.clustering.checks import check_finite, check_nbits, check_weights, float64_stays, lut_dtype
+from palettax.clustering.fit import LutFit
+
+
+@float64_stays
+def uniform_lut(weights: Float[Array, "*shape"], nbits: int) -> LutFit:
+    """Space 2^nbits entries evenly over the range of the weights.
+
+    lut[j] = min + j · (max - min) / (2^nbits - 1),   index = the nearest entry
+
+    Args:
+        weights: (*shape), any float dtype, finite.
+        nbits: 1, 2, 3, 4, 6 or 8.
+
+    Returns:
+        `LutFit`; lut (2^nbits,) float32 (float64 for float64), ascending, its ends exactly the extremes.
+
+    Raises:
+        ValueError: integer or empty weights, NaN or infinities, a width Core ML can't hold.
+
+    Example:
+        >>> import numpy as np, palettax as px
+        >>> fit = px.uniform_lut(np.array([0.11, 0.19, 0.3, 0.08, 0.0, 0.02], np.float32), nbits=2)
+        >>> fit.lut.round(3).tolist(), fit.indices.tolist()
+        ([0.0, 0.1, 0.2, 0.3], [1, 2, 3, 1, 0, 0])
+    """
+    check_weights(weights)
+    check_nbits(nbits)
+    check_finite(weights)
+    points = jnp.asarray(weights, lut_dtype(weights))
+    low, high = points.min(), points.max()
+    part = jnp.arange(2**nbits, dtype=points.dtype) / (2**nbits - 1)
+    # The first form is exact for constants; the second does not overflow where the range does.
+    span = high - low
+    lut = jnp.where(jnp.isfinite(span), low + part * span, low * (1 - part) + high * part)
+    lut = lut.at[-1].set(high)
+    indices = assign(points, lut)
+    inertia = jnp.sum((points - lookup(lut, indices)) ** 2)
+    return LutFit(lut, indices, inertia, jnp.zeros((), jnp.int32), jnp.isfinite(points).all())

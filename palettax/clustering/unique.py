@@ -1,0 +1,63 @@
+"""`unique_lut`: the distinct values of weights that have few."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from palettax._typing import NBITS, Array, is_traced
+from palettax.clustering.assignment import assign, lookup
+from palettax.clustering.checks import check_finite, check_nbits, check_weights, float64_stays, lut_dtype
+from palettax.clustering.fit import LutFit
+from palettax.clustering.histogram import histogram
+
+
+@float64_stays
+def unique_lut(weights: Float[Array, "*shape"], nbits: int | None = None) -> LutFit:
+    """Take the distinct values of the weights as the lut: lossless, or not `converged`.
+
+    lut = sort(distinct(weights)), repeating the last up to 2^nbits
+
+    Args:
+        weights: (*shape), any float dtype, finite. -0 counts as 0.
+        nbits: 1, 2, 3, 4, 6 or 8; None for the smallest that holds every distinct value, which needs concrete weights.
+
+    Returns:
+        `LutFit`; lut (2^nbits,) float32 (float64 for float64), ascending. With more distinct values than entries,
+        `converged` is False and the lut holds the smallest values only.
+
+    Raises:
+        ValueError: integer or empty weights, NaN or infinities, a width Core ML can't hold, nbits=None under `jit`.
+
+    Example:
+        >>> import numpy as np, palettax as px
+        >>> fit = px.unique_lut(np.array([0.3, 0.3, 0.5, 0.5], np.float32))
+        >>> fit.lut.round(2).tolist(), fit.indices.tolist(), bool(fit.converged)
+        ([0.3, 0.5], [0, 0, 1, 1], True)
+    """
+    check_weights(weights)
+    check_finite(weights)
+    if nbits is None:
+        nbits = smallest_nbits(weights)
+    check_nbits(nbits)
+    points = jnp.asarray(weights, lut_dtype(weights))
+    k = 2**nbits
+    distinct = jnp.unique(points.reshape(-1), size=k + 1, fill_value=points.max())
+    lut = distinct[:k] + 0  # -0 becomes 0
+    indices = assign(points, lut)
+    inertia = jnp.sum((points - lookup(lut, indices)) ** 2)
+    fits = (distinct[k] == distinct[k - 1]) & jnp.isfinite(points).all()
+    return LutFit(lut, indices, inertia, jnp.zeros((), jnp.int32), fits)
+
+
+def smallest_nbits(weights: Float[Array, "*shape"]) -> int:
+    """The fewest bits whose entries hold every distinct value; the widest there is when none does."""
+    if is_traced(weights):
+        raise ValueError("nbits=None counts distinct values, which are unknown under jit; pass nbits")
+    return nbits_for(histogram(np.asarray(weights).reshape(-1), None).values.size)
+
+
+def nbits_for(entries: int) -> int:
+    """The fewest bits that Core ML holds and that index so many entries; the widest when none does."""
+    return next((b for b in NBITS if entries <= 2**b), NBITS[-1])

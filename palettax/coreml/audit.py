@@ -1,0 +1,128 @@
+"""Is what is in the package what we computed? Bit by bit, and what stayed dense."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import coremltools as ct
+import numpy as np
+
+from palettax.coreml.compare import rounded, same_bits
+from palettax.coreml.package import op_name, open_model, operations
+from palettax.coreml.read import read_palettes
+from palettax.leaf import PalettizedArray, is_palettized
+from palettax.torch.names import flatten_names
+
+_MIN_WEIGHT = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafAudit:
+    """One palettized weight beside its table in the package.
+
+    Attributes:
+        found: its name in the package, or None: it is missing.
+        lut_identical: the table, rounded to the dtype of the package, is there bit for bit.
+        indices_identical: so are the indices, and the axis of the vectors.
+        scale_identical: so is the scale, or neither has one.
+        lut_dtype: the dtype of the table in the package.
+        lut_rounded: our table had to be rounded to that dtype.
+    """
+
+    found: str | None = None
+    lut_identical: bool = False
+    indices_identical: bool = False
+    scale_identical: bool = False
+    lut_dtype: str | None = None
+    lut_rounded: bool = False
+
+    @property
+    def identical(self) -> bool:
+        """Whether every part is there, bit for bit."""
+        return self.lut_identical and self.indices_identical and self.scale_identical
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What a package holds of the weights that were meant to go into it.
+
+    Attributes:
+        leaves: per palettized weight, by name.
+        dense: shape and dtype of every float constant of 10 elements or more that is not part of a table.
+    """
+
+    leaves: dict[str, LeafAudit]
+    dense: dict[str, tuple[tuple[int, ...], str]]
+
+    @property
+    def identical(self) -> bool:
+        """Whether every palettized weight is in the package, bit for bit."""
+        return all(leaf.identical for leaf in self.leaves.values())
+
+    def __str__(self) -> str:
+        rows = [("leaf", "lut", "indices", "scale", "dtype"), *(_row(name, leaf) for name, leaf in self.leaves.items())]
+        rows += [(name, "dense", "x".join(map(str, shape)), "", dtype) for name, (shape, dtype) in self.dense.items()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        verdict = "identical" if self.identical else "NOT identical"
+        return "\n".join([*lines, f"{len(self.leaves)} palettized: {verdict}; {len(self.dense)} dense"])
+
+
+def audit(mlmodel: ct.models.MLModel | str | Path, palettized: Mapping[str, Any]) -> Audit:
+    """Compare a package with the weights that were meant to go into it.
+
+    Args:
+        mlmodel: an mlprogram, or the path of one.
+        palettized: leaves by dotted torch name, or nested dicts of them; the dense ones are ignored.
+
+    Returns:
+        The comparison, on raw bits; print it to read it.
+
+    Raises:
+        ValueError: as in `read_palettes`.
+    """
+    mlmodel = open_model(mlmodel)
+    palettes = read_palettes(mlmodel)
+    leaves = {name: leaf for name, leaf in flatten_names(palettized).items() if is_palettized(leaf)}
+    return Audit({name: _compare(name, leaf, palettes) for name, leaf in leaves.items()}, _dense(mlmodel))
+
+
+def _compare(name: str, ours: PalettizedArray, palettes: Mapping[str, PalettizedArray]) -> LeafAudit:
+    """One leaf beside its table, which a plain conversion calls by the name of its parameter, export with a prefix."""
+    plain = op_name(name)
+    found = next((key for key in (name, plain, f"p_{plain}", f"b_{plain}") if key in palettes), None)
+    if found is None:
+        return LeafAudit()
+    theirs = palettes[found]
+    expected = rounded(ours, theirs.dtype)
+    return LeafAudit(
+        found=found,
+        lut_identical=same_bits(expected.lut, theirs.lut),
+        indices_identical=same_bits(expected.indices, theirs.indices) and ours.vector_axis == theirs.vector_axis,
+        scale_identical=same_bits(expected.scale, theirs.scale),
+        lut_dtype=np.dtype(theirs.dtype).name,
+        lut_rounded=not np.array_equal(np.asarray(ours.lut, np.float64), expected.lut.astype(np.float64)),
+    )
+
+
+def _dense(mlmodel: ct.models.MLModel) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The float constants that some op other than a decompressing one reads."""
+    dense = {}
+    for _, op in operations(mlmodel):
+        value = op.outputs[0].val if op.op_type == "const" else None
+        if not isinstance(value, np.ndarray) or value.size < _MIN_WEIGHT or not np.issubdtype(value.dtype, np.floating):
+            continue
+        if any(not user.op_type.startswith("constexpr_") for user in op.outputs[0].child_ops):
+            dense[op_name(op.name)] = (value.shape, value.dtype.name)
+    return dense
+
+
+def _row(name: str, leaf: LeafAudit) -> tuple[str, ...]:
+    if leaf.found is None:
+        return (name, "missing", "missing", "missing", "-")
+    parts = (leaf.lut_identical, leaf.indices_identical, leaf.scale_identical)
+    words = tuple("identical" if part else "DIFFERENT" for part in parts)
+    return (name, *words, f"{leaf.lut_dtype} (rounded)" if leaf.lut_rounded else str(leaf.lut_dtype))

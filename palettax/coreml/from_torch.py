@@ -1,0 +1,141 @@
+"""A torch module to a Core ML model whose tables and indices are, bit for bit, ours."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import coremltools as ct
+import torch
+
+from palettax.coreml.forms import check_forms, parse_target
+from palettax.coreml.frontend import Captured, export, needs_trace, trace
+from palettax.coreml.inject import PASS_NAME, Tables
+from palettax.coreml.read import record_leaves
+from palettax.coreml.scoped import casts_of_length_one, quiet
+from palettax.leaf import PalettizedArray, is_palettized
+from palettax.torch.load import tensors_by_name, write_weights
+from palettax.torch.names import flatten_names
+
+
+def from_torch(
+    model: torch.nn.Module,
+    example_inputs: Any,
+    palettized: Mapping[str, Any],
+    *,
+    minimum_deployment_target: ct.target | str,
+    compute_precision: Any = None,
+    frontend: str | None = None,
+    **convert_options: Any,
+) -> ct.models.MLModel:
+    """Convert a module with its palettized weights; nothing is clustered and no index is searched.
+
+    Args:
+        model: the module; it is copied, and the copy is converted in eval mode.
+        example_inputs: a tensor or a tuple of them.
+        palettized: leaves by dotted torch name, or nested dicts of them, in torch's layout; `PalettizedArray` or
+            dense. Parameters it does not name keep the model's own weights.
+        minimum_deployment_target: a member of `coremltools.target` or its name, from iOS16. iOS16 and iOS17 hold one
+            table of scalars per weight; groups, vectors and 3 bits need iOS18, a scale needs iOS26.
+        compute_precision: as in `coremltools.convert`; its default computes in float16 and rounds the tables to it.
+        frontend: "export", "trace", or None: export, but trace where export does not convert or would convert wrongly.
+        convert_options: the other options of `coremltools.convert`, `inputs` and `outputs` among them.
+
+    Returns:
+        The model. Its metadata says which op is which leaf, for `read_palettes` and `audit`.
+
+    Raises:
+        ValueError: a name or a shape that is not the model's, a leaf that the target cannot hold or that did not
+            become a table, or an unknown frontend.
+
+    Example:
+        >>> import numpy as np
+        >>> from palettax.coreml import read_palettes
+        >>> lut = np.array([-1.0, 0.5], np.float32).reshape(1, 1, 2, 1)
+        >>> leaf = PalettizedArray(lut, np.eye(8, dtype=np.uint8), nbits=1)
+        >>> layer = torch.nn.Linear(8, 8)
+        >>> mlmodel = from_torch(layer, torch.ones(1, 8), {"weight": leaf}, minimum_deployment_target="iOS18")
+        >>> list(read_palettes(mlmodel))
+        ['weight']
+    """
+    target = parse_target(minimum_deployment_target)
+    if frontend not in (None, "export", "trace"):
+        raise ValueError(f"frontend={frontend!r}; use 'export', 'trace' or None")
+    leaves = flatten_names(palettized)
+    check_forms({name: leaf for name, leaf in leaves.items() if is_palettized(leaf)}, target)
+    model, tables = _prepare(model, leaves)
+    example_inputs = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    example_inputs = tuple(x.float() if _is_foreign(x) else x for x in example_inputs)
+    options = {"skip_model_load": True, "compute_precision": compute_precision, **convert_options}
+    options["minimum_deployment_target"] = target
+    with quiet():
+        return _convert_by(frontend, model, example_inputs, tables, options)
+
+
+def _prepare(model: torch.nn.Module, leaves: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, PalettizedArray]]:
+    """A copy of the model with the weights in it, in a float type that Core ML has, and the tables in the same type."""
+    model = copy.deepcopy(model).eval()
+    if any(map(_is_foreign, tensors_by_name(model).values())):
+        model = model.float()
+    written = write_weights(model, leaves)
+    return model, {name: leaf for name, leaf in written.items() if is_palettized(leaf)}
+
+
+def _is_foreign(value: Any) -> bool:
+    """Whether it is a tensor of a float type that Core ML does not compute in."""
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float64)
+
+
+def _convert_by(
+    frontend: str | None,
+    model: torch.nn.Module,
+    example_inputs: tuple[Any, ...],
+    leaves: dict[str, PalettizedArray],
+    options: dict[str, Any],
+) -> ct.models.MLModel:
+    """Convert by the frontend asked for, or by export and, where that does not do, by trace."""
+    if frontend == "trace":
+        return _convert_traced(model, example_inputs, leaves, options)
+    try:
+        captured = export(model, example_inputs)
+        if frontend == "export" or not needs_trace(captured):
+            return _convert(captured, model, leaves, options)
+        failure = None
+    except Exception as error:
+        # What torch.export and its converter raise for a model they do not know has no type in common.
+        if frontend == "export":
+            raise
+        failure = error
+    try:
+        return _convert_traced(model, example_inputs, leaves, options)
+    except Exception as error:
+        raise error from failure
+
+
+def _convert_traced(
+    model: torch.nn.Module,
+    example_inputs: tuple[Any, ...],
+    leaves: dict[str, PalettizedArray],
+    options: dict[str, Any],
+) -> ct.models.MLModel:
+    with casts_of_length_one():
+        return _convert(trace(model, example_inputs), model, leaves, options)
+
+
+def _convert(
+    captured: Captured, model: torch.nn.Module, leaves: dict[str, PalettizedArray], options: dict[str, Any]
+) -> ct.models.MLModel:
+    """Convert a captured program, and note in the model which op is which leaf."""
+    tensors = tensors_by_name(model)
+    # Tied leaves are one constant: the first of them stands for all.
+    first = {id(tensors[name]): name for name in reversed(leaves)}
+    leaf_of = {const: first[id(tensors[name])] for const, name in captured.names.items() if id(tensors[name]) in first}
+    tables = Tables(leaves, leaf_of)
+    pipeline: Any = copy.deepcopy(options.get("pass_pipeline") or ct.PassPipeline.DEFAULT)
+    pipeline.insert_pass(0, PASS_NAME)
+    pipeline.set_options(PASS_NAME, {"tables": tables})
+    mlmodel: Any = ct.convert(captured.program, **{**captured.options, **options, "pass_pipeline": pipeline})
+    made = {name: tables.op_names.get(first[id(tensors[name])]) for name in leaves}
+    record_leaves(mlmodel, leaves, made)
+    return mlmodel

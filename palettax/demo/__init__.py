@@ -1,0 +1,1 @@
+"""The whole way once, on real digits: train in Flax, palettize, convert to Core ML, read back, compare."""

@@ -1,0 +1,65 @@
+"""The front door: a parameter tree in, a tree with `PalettizedArray` leaves out."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from palettax._typing import Tree
+from palettax.leaf import is_palettized
+from palettax.transforms import PaletteTransformation, masked
+
+WEIGHT_THRESHOLD = 2048
+
+
+def palettize(
+    params: Tree,
+    transform: PaletteTransformation,
+    *,
+    sensitivity: Tree | None = None,
+    weight_threshold: int = WEIGHT_THRESHOLD,
+    nonfinite: Literal["raise", "keep"] = "raise",
+) -> Tree:
+    """Palettize a parameter tree: every large float leaf becomes `lut[indices]`.
+
+    Args:
+        params: any pytree of arrays. Nothing in it is changed.
+        transform: what to do, for example `kmeans(4)` or `by_path([...])`.
+        sensitivity: a tree of the structure of params, each leaf ≥ 0: what a squared error of each weight costs.
+        weight_threshold: leaves of at most this many weights stay dense.
+        nonfinite: a leaf that holds NaN or infinity is an error ("raise"), or stays dense ("keep").
+
+    Returns:
+        The tree, with a `PalettizedArray` for each leaf that was palettized and the very array for each that was not.
+        `report(params, palettized)` says which, and why.
+
+    Raises:
+        ValueError: naming the leaf, what was found and what to do: integer leaves above the threshold, NaN or
+            infinities, a group size that does not divide its axis, a regex that matches no leaf, a sensitivity that is
+            negative or of another shape.
+
+    Example:
+        >>> import jax, palettax as px
+        >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 64)), "bias": jax.numpy.zeros(64)}
+        >>> small = px.palettize(params, px.kmeans(nbits=4))
+        >>> small["kernel"].indices.shape, small["kernel"].bits_per_weight, small["bias"].shape
+        ((64, 64), 4.125, (64,))
+    """
+    if nonfinite not in ("raise", "keep"):
+        raise ValueError(f'nonfinite={nonfinite!r}; choose "raise" or "keep"')
+
+    def eligible(leaf: Any) -> bool:
+        if is_palettized(leaf) or not hasattr(leaf, "size") or leaf.size <= weight_threshold:
+            return False
+        return nonfinite == "raise" or count_nonfinite(leaf) == 0
+
+    inner = masked(transform, jax.tree.map(eligible, params, is_leaf=is_palettized))
+    return inner.finalize(params, inner.init(params), sensitivity=sensitivity)
+
+
+def count_nonfinite(leaf: Any) -> int:
+    """NaN and infinities in a concrete float leaf."""
+    return int((~np.isfinite(np.asarray(leaf))).sum()) if jnp.issubdtype(leaf.dtype, jnp.floating) else 0

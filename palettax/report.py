@@ -1,0 +1,136 @@
+"""What palettization did to every leaf."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from palettax._paths import leaf_name
+from palettax._typing import Tree
+from palettax.clustering.histogram import histogram
+from palettax.leaf import PalettizedArray, is_palettized, nbytes
+from palettax.palettize import WEIGHT_THRESHOLD, count_nonfinite
+
+
+class LeafReport(NamedTuple):
+    """What became of one leaf.
+
+    Attributes:
+        shape: of the weight.
+        dtype: of the weight.
+        nbits: bits per index; None for a leaf that stayed dense.
+        groups: tables per axis; () for a dense leaf.
+        bits_per_weight: 8 · nbytes / size, tables included.
+        sqnr: 10 log₁₀(Σ w² / Σ (w - ŵ)²) in dB; infinite where nothing changed.
+        nbytes: stored bytes now.
+        nbytes_before: stored bytes of the dense leaf.
+        skipped: why the leaf is dense; "" when it is palettized.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbits: int | None
+    groups: tuple[int, ...]
+    bits_per_weight: float
+    sqnr: float
+    nbytes: int
+    nbytes_before: int
+    skipped: str
+
+
+class Report(dict[str, LeafReport]):
+    """Path to `LeafReport`, in the order of the tree; prints as a table."""
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of the whole tree now."""
+        return sum(leaf.nbytes for leaf in self.values())
+
+    @property
+    def nbytes_before(self) -> int:
+        """Stored bytes of the whole dense tree."""
+        return sum(leaf.nbytes_before for leaf in self.values())
+
+    def __str__(self) -> str:
+        rows = [("leaf", "shape", "dtype", "bits/weight", "SQNR dB", "bytes", "")]
+        for name, leaf in self.items():
+            tables = "" if leaf.nbits is None else f"{leaf.nbits} bits, {int(np.prod(leaf.groups))} lut"
+            rows.append((
+                name, "×".join(map(str, leaf.shape)), leaf.dtype, f"{leaf.bits_per_weight:.3g}", f"{leaf.sqnr:.1f}",
+                f"{leaf.nbytes:,}", tables or f"dense: {leaf.skipped}",
+            ))  # fmt: skip
+        widths = [max(len(row[c]) for row in rows) for c in range(6)]
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[6]]) for row in rows]
+        ratio = self.nbytes_before / self.nbytes if self.nbytes else 1.0
+        return "\n".join(line.rstrip() for line in lines) + (
+            f"\n{self.nbytes_before:,} bytes became {self.nbytes:,}: {ratio:.2f} times smaller"
+        )
+
+
+def report(params: Tree, palettized: Tree, *, weight_threshold: int = WEIGHT_THRESHOLD) -> Report:
+    """Say for every leaf what it costs now, what it lost, and if it stayed dense, why.
+
+    Args:
+        params: the dense tree that was palettized.
+        palettized: what `palettize` made of it.
+        weight_threshold: the threshold that was used; it decides which reason is given.
+
+    Returns:
+        A dict from path to `LeafReport`; `print` shows it as a table.
+
+    Raises:
+        ValueError: the two trees have different structures.
+
+    Example:
+        >>> import jax, palettax as px
+        >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 64)), "bias": jax.numpy.zeros(64)}
+        >>> leaves = px.report(params, px.palettize(params, px.kmeans(nbits=4)))
+        >>> leaves["kernel"].nbytes, leaves["bias"].skipped
+        (2112, '64 weights, not above weight_threshold=2048')
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_palettized)
+    try:
+        after = treedef.flatten_up_to(palettized)
+    except ValueError as error:
+        raise ValueError(f"params and palettized are different trees: {error}") from error
+    return Report({
+        leaf_name(path): _leaf_report(before, now, weight_threshold)
+        for (path, before), now in zip(paths, after, strict=True)
+    })  # fmt: skip
+
+
+def _leaf_report(before: object, now: object, weight_threshold: int) -> LeafReport:
+    array = before.depalettize() if isinstance(before, PalettizedArray) else before
+    dense = np.asarray(array)
+    small = isinstance(now, PalettizedArray)
+    return LeafReport(
+        shape=dense.shape,
+        dtype=str(dense.dtype),
+        nbits=now.nbits if small else None,
+        groups=now.groups if small else (),
+        bits_per_weight=8 * nbytes(now) / max(dense.size, 1),
+        sqnr=_sqnr(dense, np.asarray(now.depalettize())) if small else np.inf,
+        nbytes=nbytes(now),
+        nbytes_before=dense.nbytes,
+        skipped="" if small else _why_dense(dense, weight_threshold),
+    )
+
+
+def _sqnr(before: np.ndarray, after: np.ndarray) -> float:
+    signal = np.sum(np.square(before, dtype=np.float64))
+    noise = np.sum(np.square(before.astype(np.float64) - after.astype(np.float64)))
+    return float(np.inf if noise == 0 else 10 * np.log10(signal / noise))
+
+
+def _why_dense(weights: np.ndarray, weight_threshold: int) -> str:
+    if not jnp.issubdtype(weights.dtype, jnp.floating):
+        return f"{weights.dtype} is not floating"
+    if weights.size <= weight_threshold:
+        return f"{weights.size} weights, not above weight_threshold={weight_threshold}"
+    if count_nonfinite(weights):
+        return f"{count_nonfinite(weights)} NaN or infinite values"
+    distinct = histogram(weights.reshape(-1), None).values.size
+    return f"left dense by the transform ({distinct} distinct values)"

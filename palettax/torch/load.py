@@ -1,0 +1,135 @@
+"""Palettized weights into a torch module, with the buffers that Core ML's converter reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from palettax.leaf import PalettizedArray, depalettize, is_palettized
+from palettax.torch.names import flatten_names, nearest, owner_and_attribute
+from palettax.torch.state_dict import VERSION, metadata, metadata_prefix, metadata_version
+from palettax.torch.tensors import numpy_dtype, to_numpy, to_tensor
+
+
+def load_into(model: torch.nn.Module, palettized: Mapping[str, Any]) -> torch.nn.Module:
+    """Write weights and their lookup tables into a module, which `coremltools.convert` then keeps as tables.
+
+    Nothing is written unless everything fits. Parameters that `palettized` does not name are left alone; a tied
+    parameter carries the buffers on each module that owns it.
+
+    Args:
+        model: the module to write into, on any device.
+        palettized: leaves by dotted name, or nested dicts of them, `PalettizedArray` or dense, in torch's layout.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: a name that the model does not have, a shape that differs, or two values for one tied parameter.
+
+    Example:
+        >>> lut = np.array([-1.0, 0.5], np.float32).reshape(1, 1, 2, 1)
+        >>> leaf = PalettizedArray(lut, np.array([[0, 1, 1]], np.uint8), nbits=1)
+        >>> load_into(torch.nn.Linear(3, 1, bias=False), {"weight": leaf}).weight.tolist()
+        [[-1.0, 0.5, 0.5]]
+    """
+    written = write_weights(model, palettized)
+    aliases = names_by_tensor(model)
+    for name, leaf in written.items():
+        for alias in aliases[id(tensors_by_name(model)[name])]:
+            if is_palettized(leaf):
+                _register(model, alias, leaf)
+    if any(map(is_palettized, written.values())):
+        _set_buffer(model, VERSION, metadata_version())
+    return model
+
+
+def write_weights(model: torch.nn.Module, palettized: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy the dense weights into a module, and drop the buffers of tables that are no longer theirs.
+
+    Args:
+        model: the module to write into.
+        palettized: as in `load_into`.
+
+    Returns:
+        The flat leaves, the palettized ones in the dtype of their parameter.
+
+    Raises:
+        ValueError: as in `load_into`.
+    """
+    targets = tensors_by_name(model)
+    leaves = {name: _fit(name, leaf, targets) for name, leaf in flatten_names(palettized).items()}
+    dense = {name: to_tensor(name, depalettize(leaf)) for name, leaf in leaves.items()}
+    aliases = names_by_tensor(model)
+    for name, tensor in dense.items():
+        for alias in aliases[id(targets[name])]:
+            if alias in dense and not torch.equal(dense[alias], tensor):
+                raise ValueError(f"{name}: tied to {alias}, but their values differ; pass one of them")
+    with torch.no_grad():
+        for name, tensor in dense.items():
+            targets[name].copy_(tensor)
+            for alias in aliases[id(targets[name])]:
+                _unregister(model, alias)
+    return leaves
+
+
+def tensors_by_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by every dotted name it has, the tied ones under each."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def names_by_tensor(model: torch.nn.Module) -> dict[int, list[str]]:
+    """The names of each parameter and buffer, by the identity of the tensor."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors_by_name(model).items():
+        names.setdefault(id(tensor), []).append(name)
+    return names
+
+
+def _fit(name: str, leaf: Any, targets: Mapping[str, torch.Tensor]) -> Any:
+    """The leaf in the dtype of its parameter; refuses a wrong name or shape."""
+    if name not in targets:
+        own = [target for target in targets if "_COREML_/" not in target]
+        raise ValueError(f"{name}: the model has no such parameter or buffer; {nearest(name, own)}")
+    target = targets[name]
+    leaf = to_numpy(name, leaf) if isinstance(leaf, torch.Tensor) else leaf
+    if tuple(leaf.shape) != tuple(target.shape):
+        raise ValueError(
+            f"{name}: the leaf has shape {tuple(leaf.shape)}, the model's parameter {tuple(target.shape)}; "
+            "weights in flax's layout go through palettax.torch.from_flax first"
+        )
+    return _cast(leaf, numpy_dtype(target.dtype)) if is_palettized(leaf) else leaf
+
+
+def _cast(leaf: PalettizedArray, dtype: np.dtype) -> PalettizedArray:
+    """The same indices over a table of another dtype."""
+    if leaf.dtype == dtype:
+        return leaf
+    scale = None if leaf.scale is None else leaf.scale.astype(dtype)
+    return dataclasses.replace(leaf, lut=leaf.lut.astype(dtype), scale=scale, dtype=dtype)
+
+
+def _register(model: torch.nn.Module, name: str, leaf: PalettizedArray) -> None:
+    """Put the buffers of one leaf on the module that owns it."""
+    module, parameter = owner_and_attribute(name)
+    device = tensors_by_name(model)[name].device
+    for key, tensor in metadata(name, parameter, leaf).items():
+        _set_buffer(model.get_submodule(module), key, tensor.to(device))
+
+
+def _unregister(model: torch.nn.Module, name: str) -> None:
+    """Remove the buffers of one parameter, if it has any."""
+    module, parameter = owner_and_attribute(name)
+    buffers = model.get_submodule(module)._buffers
+    for key in [key for key in buffers if key.startswith(metadata_prefix(parameter))]:
+        del buffers[key]
+
+
+def _set_buffer(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Register a buffer, in the place of one of that name."""
+    module._buffers.pop(name, None)
+    module.register_buffer(name, tensor)

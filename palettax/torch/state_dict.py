@@ -1,0 +1,158 @@
+"""Torch state dicts in and out, with the buffers in which Core ML's converter looks for lookup tables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from palettax._typing import NBITS
+from palettax.leaf import PalettizedArray, is_palettized
+from palettax.torch.match import match_indices
+from palettax.torch.names import flatten_names, owner_and_attribute
+from palettax.torch.tensors import to_numpy, to_tensor
+
+VERSION = "_COREML_/metadata_version"
+_PALETTIZED, _QUANTIZED = 2, 3
+_BUFFER = re.compile(r"(?P<module>.*\.)?_COREML_/(?P<parameter>.+)/(?P<field>[^/]+)")
+
+
+def to_params(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray | PalettizedArray]:
+    """Read a torch state dict as parameters: NumPy views, and the palettized ones as tables and indices.
+
+    Args:
+        state_dict: tensors by dotted name. `_COREML_/...` buffers, from `to_state_dict`, `load_into` or
+            coremltools' own palettizers, are consumed: their parameter becomes a `PalettizedArray`.
+
+    Returns:
+        The leaves by the same names, in the same order. Dense ones share memory with tensors on the CPU.
+
+    Raises:
+        ValueError: a buffer without its parameter or in a form that is no lookup table, a weight that is not on its
+            table, or a value that is no dense tensor.
+
+    Example:
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> {name: leaf.shape for name, leaf in to_params(layer.state_dict()).items()}
+        {'weight': (2, 3), 'bias': (2,)}
+    """
+    dense: dict[str, np.ndarray] = {}
+    buffers: dict[str, dict[str, np.ndarray]] = {}
+    for key, tensor in state_dict.items():
+        if owner_and_attribute(key)[1] == VERSION:
+            continue
+        if match := _BUFFER.fullmatch(key):
+            name = (match["module"] or "") + match["parameter"]
+            buffers.setdefault(name, {})[match["field"]] = to_numpy(key, tensor)
+        else:
+            dense[key] = to_numpy(key, tensor)
+    if orphans := buffers.keys() - dense.keys():
+        raise ValueError(
+            f"{min(orphans)}: its _COREML_ buffers are here, the parameter is not; pass the whole state dict"
+        )
+    return {name: _palettized(name, leaf, buffers[name]) if name in buffers else leaf for name, leaf in dense.items()}
+
+
+def to_state_dict(palettized: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Write parameters as a torch state dict: dense tensors, plus the buffers that carry the lookup tables.
+
+    `to_params(to_state_dict(x))` gives x back; where a table repeats an entry, its lowest index.
+
+    Args:
+        palettized: leaves by dotted name, or nested dicts of them; `PalettizedArray` or dense.
+
+    Returns:
+        New tensors by dotted name, in the dtype of their leaf. A palettized `conv.weight` comes with
+        `conv._COREML_/weight/{compression_type,lut,vector_axis,palettization_scale}`.
+
+    Raises:
+        ValueError: two leaves of one name, or a dtype that torch does not have.
+
+    Example:
+        >>> lut = np.array([-1.0, 0.5], np.float32).reshape(1, 1, 2, 1)
+        >>> leaf = PalettizedArray(lut, np.array([[0, 1, 1]], np.uint8), nbits=1)
+        >>> list(to_state_dict({"a": {"weight": leaf}}))
+        ['a.weight', 'a._COREML_/weight/compression_type', 'a._COREML_/weight/lut', '_COREML_/metadata_version']
+    """
+    state, leaves = {}, flatten_names(palettized)
+    for name, leaf in leaves.items():
+        if not is_palettized(leaf):
+            state[name] = to_tensor(name, leaf)
+            continue
+        state[name] = to_tensor(name, leaf.depalettize())
+        module, parameter = owner_and_attribute(name)
+        prefix = f"{module}." if module else ""
+        state |= {f"{prefix}{key}": tensor for key, tensor in metadata(name, parameter, leaf).items()}
+    if any(map(is_palettized, leaves.values())):
+        state[VERSION] = metadata_version()
+    return state
+
+
+def metadata(name: str, parameter: str, leaf: PalettizedArray) -> dict[str, torch.Tensor]:
+    """The buffers that tell Core ML's converter the table of one parameter.
+
+    Args:
+        name: the leaf's dotted name, for messages.
+        parameter: the parameter's name within its module.
+        leaf: the palettized weight.
+
+    Returns:
+        Tensors by buffer name.
+    """
+    fields = {"compression_type": np.array([_PALETTIZED], np.int64), "lut": leaf.lut}
+    if leaf.vector_axis is not None:
+        fields["vector_axis"] = np.array(leaf.vector_axis, np.int64)
+    if leaf.scale is not None:
+        fields["palettization_scale"] = leaf.scale
+    return {f"{metadata_prefix(parameter)}{field}": to_tensor(name, value) for field, value in fields.items()}
+
+
+def metadata_prefix(parameter: str) -> str:
+    """What the names of a parameter's buffers begin with."""
+    return f"_COREML_/{parameter}/"
+
+
+def metadata_version() -> torch.Tensor:
+    """The version of the buffer protocol, which belongs on the root module."""
+    return torch.tensor(1)
+
+
+def _palettized(name: str, weight: np.ndarray, fields: dict[str, np.ndarray]) -> PalettizedArray:
+    """One dense weight and its buffers, as tables and indices."""
+    types = fields.get("compression_type", np.zeros(0, int)).reshape(-1).tolist()
+    if types not in ([_PALETTIZED], [_PALETTIZED, _QUANTIZED]) or "lut" not in fields:
+        raise ValueError(
+            f"{name}: compression_type {types} with the buffers {sorted(fields)} is no lookup table ([2] and lut); "
+            "remove its _COREML_ buffers to read it as a dense weight"
+        )
+    lut = _whole_table(name, fields["lut"], weight)
+    axis = int(fields.get("vector_axis", np.zeros((), int))) % weight.ndim if lut.shape[-1] > 1 else None
+    scale = fields.get("palettization_scale")
+    if scale is not None:
+        scale = scale.astype(weight.dtype).reshape(scale.shape + (1,) * (weight.ndim - scale.ndim))
+    vectors = [lut.shape[-1] if a == axis else 1 for a in range(weight.ndim)]
+    if any(n % (v * g) for n, v, g in zip(weight.shape, vectors, lut.shape[:-2], strict=True)):
+        raise ValueError(f"{name}: a lut of shape {lut.shape} does not divide the weight {weight.shape}")
+    indices, missing = match_indices(weight, lut, vector_axis=axis, scale=scale)
+    if missing:
+        raise ValueError(
+            f"{name}: {missing} of {indices.size} entries are not on the table (was the weight changed or cast after "
+            "it was palettized?); palettize it again, or remove its _COREML_ buffers"
+        )
+    nbits = lut.shape[-2].bit_length() - 1
+    return PalettizedArray(lut, indices, scale, nbits=nbits, vector_axis=axis).validate()
+
+
+def _whole_table(name: str, lut: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The table at rank + 2 and with 2^nbits entries, the last one repeated as often as needed."""
+    if lut.ndim == weight.ndim + 1:
+        lut = lut[..., None]
+    widths = [nbits for nbits in NBITS if lut.ndim > 1 and 2**nbits >= lut.shape[-2]]
+    if lut.ndim != weight.ndim + 2 or not widths:
+        raise ValueError(f"{name}: a lut of shape {lut.shape} fits no weight of shape {weight.shape}")
+    missing = 2 ** widths[0] - lut.shape[-2]
+    padded = np.concatenate([lut, np.repeat(lut[..., -1:, :], missing, axis=-2)], axis=-2)
+    return padded.astype(weight.dtype)

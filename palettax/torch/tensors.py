@@ -1,0 +1,77 @@
+"""Tensors to arrays and back, the narrow float types included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+
+# NumPy has no type of its own for these: their bits cross as integers.
+_AS_BITS = {
+    torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
+    torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
+    torch.float8_e5m2: (torch.uint8, ml_dtypes.float8_e5m2),
+}
+
+
+def to_numpy(name: str, tensor: Any) -> np.ndarray:
+    """View a tensor as a NumPy array; only a tensor on another device is copied.
+
+    Args:
+        name: the leaf, for messages.
+        tensor: a dense tensor of any shape and dtype.
+
+    Returns:
+        The array, of the same shape and dtype, sharing memory with a tensor on the CPU.
+
+    Raises:
+        ValueError: it is not a dense tensor.
+    """
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+        raise ValueError(f"{name}: found {type(tensor).__name__}, not a dense tensor; convert it or leave it out")
+    tensor = tensor.detach().cpu()
+    if tensor.dtype in _AS_BITS:
+        bits, dtype = _AS_BITS[tensor.dtype]
+        return tensor.view(bits).numpy().view(dtype)
+    return tensor.resolve_conj().resolve_neg().numpy()
+
+
+def to_tensor(name: str, array: Any) -> torch.Tensor:
+    """Copy an array, of NumPy or JAX, into a tensor on the CPU.
+
+    Args:
+        name: the leaf, for messages.
+        array: any shape; a dtype that torch has.
+
+    Returns:
+        A tensor of the same shape and dtype that shares no memory with the array.
+
+    Raises:
+        ValueError: torch has no such dtype.
+    """
+    copy = np.array(array.detach().cpu() if isinstance(array, torch.Tensor) else array, order="C")
+    for dtype, (bits, narrow) in _AS_BITS.items():
+        if copy.dtype == narrow:
+            return torch.from_numpy(copy.view(np.int16 if bits == torch.int16 else np.uint8)).view(dtype)
+    try:
+        return torch.from_numpy(copy)
+    except TypeError as error:
+        raise ValueError(f"{name}: torch has no dtype {copy.dtype}; cast the leaf first") from error
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype:
+    """The NumPy dtype of a torch dtype.
+
+    Args:
+        dtype: any torch dtype that NumPy or ml_dtypes has.
+
+    Returns:
+        The dtype.
+
+    Example:
+        >>> numpy_dtype(torch.bfloat16).name
+        'bfloat16'
+    """
+    return to_numpy("", torch.empty((), dtype=dtype)).dtype

@@ -1,0 +1,108 @@
+"""The triple that every transform is, and how a function of one leaf becomes one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from palettax._paths import leaf_name
+from palettax._typing import Tree
+from palettax.leaf import depalettize, is_palettized
+
+
+class UpdateFunction(Protocol):
+    """`(params, state, *, sensitivity) -> (params, state)`."""
+
+    def __call__(self, params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> tuple[Tree, Tree]:
+        """Snap the values, keep the structure."""
+        ...
+
+
+class FinalizeFunction(Protocol):
+    """`(params, state, *, sensitivity) -> tree with PalettizedArray leaves`."""
+
+    def __call__(self, params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> Tree:
+        """Change the storage."""
+        ...
+
+
+class PaletteTransformation(NamedTuple):
+    """Three pure functions over parameter trees, composed as optax composes its pairs.
+
+    Attributes:
+        init: `params -> state`. State is arrays only: what the next step needs.
+        update: `(params, state, *, sensitivity=None) -> (params, state)`. The same structure, shapes and dtypes, every
+            leaf dense and holding the values its palette gives. What a training step calls.
+        finalize: `(params, state, *, sensitivity=None) -> tree`. Changes storage: leaves become `PalettizedArray`.
+            For hard transforms `depalettize(finalize(p, s)) == update(p, s)[0]`.
+
+    A leaf that is a `PalettizedArray` already is expanded by a transform that acts on it, kept by one that does not.
+    """
+
+    init: Callable[[Tree], Tree]
+    update: UpdateFunction
+    finalize: FinalizeFunction
+
+
+class MaskedNode:
+    """Stands where a leaf is hidden from a transform: a pytree without leaves."""
+
+    def __repr__(self) -> str:
+        return "MaskedNode()"
+
+
+jax.tree_util.register_pytree_node(MaskedNode, lambda _: ((), None), lambda *_: MaskedNode())
+
+
+def is_node(leaf: Any) -> bool:
+    """Whether a tree map should stop here: at a palettized leaf, or at a hidden one."""
+    return is_palettized(leaf) or isinstance(leaf, MaskedNode)
+
+
+def map_leaves(function: Callable[..., Any], params: Tree, *rest: Tree | None) -> Tree:
+    """Apply `function(leaf, *rest_leaves)` to every leaf; errors name the leaf.
+
+    Args:
+        function: of one leaf and the leaves of `rest` (sensitivities) at its place.
+        params: the tree. Hidden leaves pass through.
+        rest: trees of its structure; None gives None for every leaf.
+
+    Raises:
+        ValueError: what the function raised, with the leaf's path, shape and dtype in front; or another structure.
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_node)
+    columns = [[None] * len(paths) if tree is None else aligned(treedef, tree, "sensitivity") for tree in rest]
+    results = []
+    for (path, leaf), *others in zip(paths, *columns, strict=True):
+        try:
+            results.append(leaf if isinstance(leaf, MaskedNode) else function(leaf, *others))
+        except ValueError as error:
+            shape = tuple(getattr(leaf, "shape", ()))
+            dtype = getattr(leaf, "dtype", type(leaf).__name__)
+            raise ValueError(f"leaf '{leaf_name(path)}' {shape} {dtype}: {error}") from error
+    return jax.tree.unflatten(treedef, results)
+
+
+def aligned(treedef: Any, tree: Tree, name: str) -> list[Any]:
+    """The leaves of a tree at the places of the leaves of params, or a `ValueError` that says it has others."""
+    try:
+        return treedef.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(f"{name} has another structure than params; give it one entry per leaf. {error}") from error
+
+
+def identity() -> PaletteTransformation:
+    """The transform that leaves every leaf as it is.
+
+    Example:
+        >>> import palettax as px
+        >>> px.identity().update({"w": 1.0}, ())
+        ({'w': 1.0}, ())
+    """
+    return PaletteTransformation(
+        init=lambda params: (),
+        update=lambda params, state, *, sensitivity=None: (depalettize(params), state),
+        finalize=lambda params, state, *, sensitivity=None: params,
+    )

@@ -1,0 +1,60 @@
+"""The tables that drive the tests: a new algorithm or an awkward input is a new row."""
+
+import jax.numpy as jnp
+import numpy as np
+
+import palettax as px
+
+DTYPES = {"float16": np.float16, "bfloat16": jnp.bfloat16, "float32": np.float32, "float64": np.float64}
+
+ROWS = px.Granularity(group_size=4, channel_axis=0)
+COLUMNS = px.Granularity(group_size=5, channel_axis=-1)
+
+HARD = {
+    "kmeans": px.kmeans(3),
+    "kmeans 1 bit": px.kmeans(1),
+    "kmeans rows": px.kmeans(2, granularity=ROWS),
+    "kmeans columns": px.kmeans(2, granularity=COLUMNS),
+    "lloyd": px.kmeans(3, method="lloyd"),
+    "lloyd rows": px.kmeans(2, method="lloyd", granularity=ROWS),
+    "uniform": px.uniform(4),
+    "uniform columns": px.uniform(4, granularity=COLUMNS),
+    "unique": px.unique(),
+    "unique 8 bit": px.unique(8),
+    "custom": px.custom(lambda w: (jnp.array([-1.0, 0.0, 1.0]), (jnp.sign(w) + 1).astype(jnp.uint8))),
+    "identity": px.identity(),
+    "chain": px.chain(px.kmeans(4), px.uniform(2)),
+    "masked": px.masked(px.kmeans(2), {"a": True, "b": [False, True]}),
+    "by_path": px.by_path([("^a$", px.kmeans(2)), ("b/0", None), ("b", px.uniform(1))]),
+}
+
+
+def data(kind: str, n: int, seed: int = 0) -> np.ndarray:
+    """float64 samples of the kinds that clustering finds easy, hard or degenerate."""
+    rng = np.random.default_rng(seed)
+    return {
+        "normal": lambda: rng.standard_normal(n),
+        "heavy": lambda: rng.standard_cauchy(n),
+        "bimodal": lambda: np.where(rng.random(n) < 0.5, -1.0, 1.0) + rng.normal(0, 0.02, n),
+        "grid": lambda: rng.integers(-20, 20, n).astype(float),
+        "constant": lambda: np.full(n, 0.1),
+        "two values": lambda: np.where(rng.random(n) < 0.5, 0.1, -0.3),
+        "tiny": lambda: rng.standard_normal(n) * 1e-6,
+        "offset": lambda: rng.standard_normal(n) + 100,
+    }[kind]()
+
+
+KINDS = ["normal", "heavy", "bimodal", "grid", "constant", "two values", "tiny", "offset"]
+
+
+def sensitivities(n: int, seed: int = 1) -> np.ndarray:
+    """Weights of squared errors over many orders of magnitude, a third of them zero."""
+    rng = np.random.default_rng(seed)
+    return rng.random(n) ** 6 * (rng.random(n) > 0.33)
+
+
+def params(dtype=np.float32, seed: int = 0):
+    """A small tree with a matrix, a vector and a convolution."""
+    rng = np.random.default_rng(seed)
+    a, b, c = (rng.standard_normal(s).astype(dtype) for s in ((8, 10), (12, 20), (4, 2, 3, 5)))
+    return {"a": a, "b": [b, c]}

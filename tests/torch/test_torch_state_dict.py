@@ -1,0 +1,167 @@
+"""State dicts: what goes out comes back, bit for bit, and what is no lookup table is refused by name."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch_leaves import DTYPES, assert_same, assert_same_bits, random_leaf
+
+import palettax as px
+from palettax.torch import to_params, to_state_dict
+from palettax.torch.match import match_indices
+
+FORMS = {
+    "tensor": dict(shape=(6, 8)),
+    "axis 0": dict(shape=(6, 8), groups=(3, 1)),
+    "axis 1": dict(shape=(6, 8), groups=(1, 4)),
+    "both axes": dict(shape=(6, 8), groups=(2, 4)),
+    "vectors": dict(shape=(6, 8), vector=(1, 2)),
+    "grouped vectors": dict(shape=(8, 6), groups=(2, 3), vector=(0, 4)),
+    "scale": dict(shape=(6, 8), scale=(6, 1)),
+    "grouped scale": dict(shape=(6, 8), groups=(3, 2), scale=(6, 1)),
+    "scale along the vectors": dict(shape=(6, 8), vector=(1, 2), scale=(6, 8)),
+    "convolution": dict(shape=(4, 6, 3, 3), groups=(2, 1, 1, 1), vector=(1, 2), scale=(4, 1, 1, 1)),
+    "bias": dict(shape=(12,), groups=(3,)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("form", FORMS)
+def test_round_trip(form, dtype):
+    leaves = {"a.weight": random_leaf(**FORMS[form], nbits=2, dtype=dtype), "b": np.arange(3.0).astype(dtype)}
+    returned = to_params(to_state_dict(leaves))
+    assert list(returned) == list(leaves)
+    for name, leaf in leaves.items():
+        assert_same(returned[name], leaf)
+
+
+@pytest.mark.parametrize("nbits", [1, 2, 3, 4, 6, 8])
+def test_round_trip_of_every_width(nbits):
+    dtype = np.float32
+    leaf = random_leaf((8, 64), nbits, groups=(2, 1), dtype=dtype)
+    assert_same(to_params(to_state_dict({"w": leaf}))["w"], leaf)
+
+
+def test_the_dense_tensor_is_the_depalettized_weight():
+    leaf = random_leaf((6, 8), groups=(3, 1), scale=(6, 1))
+    np.testing.assert_array_equal(to_state_dict({"w": leaf})["w"].numpy(), leaf.depalettize())
+
+
+def test_buffers_lie_on_the_owning_module():
+    leaf = random_leaf((6, 8), vector=(1, 2), scale=(6, 1))
+    fields = {"compression_type", "lut", "vector_axis", "palettization_scale"}
+    expected = {"a.b.weight", "w", "_COREML_/metadata_version"}
+    expected |= {f"a.b._COREML_/weight/{field}" for field in fields} | {f"_COREML_/w/{field}" for field in fields}
+    assert set(to_state_dict({"a": {"b": {"weight": leaf}}, "w": leaf})) == expected
+
+
+def test_without_palettized_leaves_there_are_no_buffers():
+    assert list(to_state_dict({"w": np.zeros(3, np.float32)})) == ["w"]
+
+
+def test_a_module_takes_the_dense_part_of_the_state_dict():
+    leaf = random_leaf((2, 4))
+    layer = torch.nn.Linear(4, 2, bias=False)
+    result = layer.load_state_dict(to_state_dict({"weight": leaf}), strict=False)
+    assert result.missing_keys == []
+    np.testing.assert_array_equal(layer.weight.detach().numpy(), leaf.depalettize())
+
+
+def test_repeated_entries_give_the_lowest_index_and_the_same_weight():
+    lut = np.array([1.0, 2.0, 2.0, 2.0], np.float32).reshape(1, 4, 1)
+    leaf = px.PalettizedArray(lut, np.array([0, 3, 2], np.uint8), nbits=2)
+    returned = to_params(to_state_dict({"w": leaf}))["w"]
+    assert returned.indices.tolist() == [0, 1, 1]
+    assert_same_bits(returned.depalettize(), leaf.depalettize())
+
+
+def test_signed_zeros_are_told_apart():
+    lut = np.array([0.0, -0.0], np.float32).reshape(1, 2, 1)
+    leaf = px.PalettizedArray(lut, np.array([0, 1, 1, 0], np.uint8), nbits=1)
+    assert_same(to_params(to_state_dict({"w": leaf}))["w"], leaf)
+
+
+@pytest.mark.parametrize("entries", [2, 3, 5, 12, 20, 100])
+def test_a_table_of_another_size_is_completed_with_its_last_entry(entries):
+    lut = torch.arange(entries, dtype=torch.float32)
+    weight = lut[torch.arange(200) % entries]
+    state = {"w": weight, "_COREML_/w/compression_type": torch.tensor([2]), "_COREML_/w/lut": lut.reshape(1, entries)}
+    leaf = to_params(state)["w"]
+    assert 2**leaf.nbits >= entries
+    assert set(leaf.lut[0, entries - 1 :, 0].tolist()) == {entries - 1.0}
+    np.testing.assert_array_equal(leaf.depalettize(), weight.numpy())
+
+
+def test_vectors_match_the_way_a_loop_would():
+    leaf = random_leaf((4, 6), nbits=3, groups=(2, 1), vector=(1, 3))
+    weight = leaf.depalettize()
+    indices, missing = match_indices(weight, leaf.lut, vector_axis=1)
+    assert missing == 0
+    for row, column in itertools.product(range(4), range(2)):
+        table = leaf.lut[row // 2, 0].tolist()
+        assert indices[row, column] == table.index(weight[row, 3 * column : 3 * column + 3].tolist())
+
+
+def test_arrays_share_memory_with_the_tensors():
+    tensor = torch.zeros(3)
+    array = to_params({"w": tensor})["w"]
+    tensor += 1
+    assert array.tolist() == [1, 1, 1]
+
+
+def test_tensors_share_no_memory_with_the_arrays():
+    array = np.zeros(3, np.float32)
+    to_state_dict({"w": array})["w"].add_(1)
+    assert array.tolist() == [0, 0, 0]
+
+
+def test_bfloat16_is_a_view():
+    tensor = torch.randn(5, 3).to(torch.bfloat16)
+    array = to_params({"w": tensor})["w"]
+    assert array.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(array.astype(np.float32), tensor.float().numpy())
+    tensor.zero_()
+    assert not array.any()
+
+
+def _broken(**changes):
+    state = to_state_dict({"conv.weight": random_leaf((4, 6))})
+    return state | {key.replace("_w_", "conv._COREML_/weight/"): value for key, value in changes.items()}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (lambda: _broken(**{"conv.weight": torch.full((4, 6), 7.0)}), "24 of 24 entries are not on the table"),
+        (lambda: _broken(_w_compression_type=torch.tensor([1])), r"compression_type \[1\]"),
+        (lambda: _broken(_w_lut=torch.zeros(4)), r"lut of shape \(4,\)"),
+        (lambda: _broken(_w_lut=torch.zeros(1, 1, 257, 1)), r"lut of shape \(1, 1, 257, 1\)"),
+        (lambda: _broken(_w_lut=torch.zeros(3, 1, 4, 1)), "does not divide"),
+        (lambda: _broken(**{"conv.weight": "text"}), "found str"),
+        (lambda: {k: v for k, v in _broken().items() if k != "conv.weight"}, "the parameter is not"),
+    ],
+)
+def test_what_is_no_table_is_refused_by_name(state, message):
+    with pytest.raises(ValueError, match=rf"conv\.weight: .*{message}"):
+        to_params(state())
+
+
+def test_two_leaves_of_one_name_are_refused():
+    with pytest.raises(ValueError, match=r"a\.b: two leaves"):
+        to_state_dict({"a": {"b": np.zeros(1)}, "a.b": np.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("missing", "package", "extra"), [("torch", "torch", "torch"), ("coremltools", "coreml", "coreml")]
+)
+def test_a_missing_package_names_its_extra(missing, package, extra):
+    code = f"import sys; sys.modules['{missing}'] = None\nimport palettax\nimport palettax.{package}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"ImportError: {missing} is not installed; run: pip install 'palettax[{extra}]'" in done.stderr
