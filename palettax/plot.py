@@ -38,7 +38,7 @@ def histogram(weights: Float[Array, ...], palettized: PalettizedArray, *, ax: Ax
         'weight'
     """
     pyplot = require("matplotlib.pyplot", "plot")
-    ax = ax or pyplot.subplots(figsize=(5, 2.6))[1]
+    axes: Axes = ax or pyplot.subplots(figsize=(5, 2.6))[1]
     values = np.asarray(weights, np.float64).reshape(-1)
     tables = np.asarray(palettized.lut, np.float64).reshape(-1, palettized.lut.shape[-2] * palettized.lut.shape[-1])[
         :16
@@ -47,16 +47,16 @@ def histogram(weights: Float[Array, ...], palettized: PalettizedArray, *, ax: Ax
     low, high = np.quantile(values, [0.0005, 0.9995])
     low, high = min(low, tables.min()), max(high, tables.max())
     density, edges = np.histogram(values, bins=120, range=(low, high), density=True)
-    ax.stairs(density, edges, fill=True, color=_FILL, linewidth=0)
+    axes.stairs(density, edges, fill=True, color=_FILL, linewidth=0)
     top = density.max()
     height = 0.16 * top / len(tables)
     for row, table in enumerate(tables):
         bottom = -(row + 1) * height
-        ax.vlines(table, bottom, bottom + 0.85 * height, color=_ACCENT, linewidth=1.1 if table.size <= 64 else 0.5)
-    ax.axhline(0, color=_INK, linewidth=0.6)
-    ax.set(xlim=(low, high), ylim=(-0.2 * top, 1.08 * top), xlabel="weight", yticks=[])
-    ax.spines[["left", "top", "right"]].set_visible(False)
-    return ax
+        axes.vlines(table, bottom, bottom + 0.85 * height, color=_ACCENT, linewidth=1.1 if table.size <= 64 else 0.5)
+    axes.axhline(0, color=_INK, linewidth=0.6)
+    axes.set(xlim=(low, high), ylim=(-0.2 * top, 1.08 * top), xlabel="weight", yticks=[])
+    axes.spines[["left", "top", "right"]].set_visible(False)
+    return axes
 
 
 def accuracy_against_size(
@@ -82,24 +82,26 @@ def accuracy_against_size(
         'log'
     """
     pyplot = require("matplotlib.pyplot", "plot")
-    ax = ax or pyplot.subplots(figsize=(6, 3.6))[1]
+    axes: Axes = ax or pyplot.subplots(figsize=(6, 3.6))[1]
     styles = ((_ACCENT, "o", 7), ("#2e6f95", "s", -14), ("#5b8e5a", "D", 7))
     for (label, points), (color, marker, lift) in zip(families.items(), styles, strict=False):
         ordered = sorted(points)
-        ax.plot(
+        axes.plot(
             [p[0] / 1e6 for p in ordered], [100 * p[1] for p in ordered],
             color=color, marker=marker, markersize=5, linewidth=1.2, label=label,
         )  # fmt: skip
         for size, score, name in ordered:
             at = (size / 1e6, 100 * score)
-            ax.annotate(name, at, (0, lift), textcoords="offset points", ha="center", fontsize=8, color=color)
-    ax.axhline(100 * baseline[1], color=_INK, linewidth=0.8, linestyle=":")
-    ax.plot(baseline[0] / 1e6, 100 * baseline[1], marker="*", markersize=10, color=_INK, linestyle="", label="float16")
-    ax.margins(x=0.1, y=0.2)
-    ax.set(xscale="log", xlabel="package size, MB", ylabel="accuracy, %")
-    ticks = [t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if ax.get_xlim()[0] <= t <= ax.get_xlim()[1]]
-    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    ax.minorticks_off()
-    ax.legend(frameon=False, loc="lower right")
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+            axes.annotate(name, at, (0, lift), textcoords="offset points", ha="center", fontsize=8, color=color)
+    axes.axhline(100 * baseline[1], color=_INK, linewidth=0.8, linestyle=":")
+    axes.plot(
+        baseline[0] / 1e6, 100 * baseline[1], marker="*", markersize=10, color=_INK, linestyle="", label="float16"
+    )
+    axes.margins(x=0.1, y=0.2)
+    axes.set(xscale="log", xlabel="package size, MB", ylabel="accuracy, %")
+    ticks = [t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes

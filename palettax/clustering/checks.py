@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from palettax._typing import NBITS, Array, is_traced
+from palettax.clustering.histogram import all_finite
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,7 +37,7 @@ def check_finite(weights: Array) -> None:
     if is_traced(weights):
         return
     values = np.asarray(weights)
-    if np.isfinite(values).all():
+    if all_finite(values):
         return
     nan, infinite = int(np.isnan(values).sum()), int(np.isinf(values).sum())
     raise ValueError(

@@ -17,14 +17,16 @@ concave Monge property and applications", Discrete & Computational Geometry 12, 
 
 from __future__ import annotations
 
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
+import numba as nb
 import numpy as np
 from numba import njit
+from numba.extending import intrinsic
 
 # Kernels hold no GIL, so groups run on all cores from plain Python threads. Numba compiles the bare function: it can
 # take no type-checking wrapper.
-kernel = njit(cache=True, nogil=True, error_model="numpy")
+kernel: Any = njit(cache=True, nogil=True, error_model="numpy")
 
 MAX_PROBES = 64
 
@@ -56,23 +58,19 @@ def two_sum(a, b):
 _two_sum = kernel(two_sum)
 
 
-@kernel
+@intrinsic
 @no_type_check
-def _split(a):
-    """The upper and lower 26 bits of a double (Veltkamp)."""
-    t = 134217729.0 * a
-    high = t - (t - a)
-    return high, a - high
+def _fused_multiply_add(typing_context, a, b, c):
+    """A · b + c, rounded once."""
+    return nb.float64(nb.float64, nb.float64, nb.float64), lambda context, builder, signature, args: builder.fma(*args)
 
 
 @kernel
 @no_type_check
 def _two_product(a, b):
-    """The rounded product and its exact rounding error (Dekker)."""
+    """The rounded product of two doubles and its exact rounding error."""
     p = a * b
-    ah, al = _split(a)
-    bh, bl = _split(b)
-    return p, ((ah * bh - p) + ah * bl + al * bh) + al * bl
+    return p, _fused_multiply_add(a, b, -p)
 
 
 @kernel

@@ -1,7 +1,8 @@
 """Front end of the host solver: the sorted distinct values of a group of weights, and the mass at each.
 
-A 16-bit float takes at most 65,536 values, so counting them needs no sort: the bits of a weight, remapped to ascend
-with its value, are its bin. (NumPy's float16 sort is also plainly wrong on some CPUs.) Wider floats are sorted.
+A 16-bit float takes at most 65,536 values, so its bits are counted and nothing is sorted; what depends on a value alone
+is computed once per bit pattern and looked up. (NumPy's float16 sort is also plainly wrong on some CPUs.) Wider floats
+are sorted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import NamedTuple, no_type_check
 import numpy as np
 
 from palettax.clustering.exact import kernel
+
+PATTERNS = 65536
 
 
 class Histogram(NamedTuple):
@@ -30,54 +33,61 @@ def histogram(weights: np.ndarray, sensitivity: np.ndarray | None) -> Histogram:
     """Count the distinct values of finite weights.
 
     Args:
-        weights: (n,) floating, finite.
+        weights: (n,) floating, finite, contiguous.
         sensitivity: (n,) floating and not negative, or None for ones.
     """
+    ones = np.empty(0)  # stands for unit weights: no n-long array of them is made
     if weights.dtype.itemsize == 2:
-        counts, mass = _count_bins(bins(weights), _ones(sensitivity))
-        occupied = np.flatnonzero(counts)
-        values, mass = bin_values(weights.dtype)[occupied], mass[occupied]
-    elif sensitivity is None:
-        values, mass = np.sort(weights).astype(np.float64), _ones(None)
-    else:
-        order = np.argsort(weights, kind="stable")
-        values, mass = weights[order].astype(np.float64), sensitivity[order].astype(np.float64)
-    return Histogram(*_merge_equal(values, mass))
-
-
-def _ones(sensitivity: np.ndarray | None) -> np.ndarray:
-    """An empty array stands for unit weights: no n-long array of ones is made."""
-    return np.empty(0) if sensitivity is None else sensitivity.astype(np.float64)
-
-
-def bins(weights: np.ndarray) -> np.ndarray:
-    """The bin, uint16, of 16-bit floats: their bits, remapped to ascend with the value."""
-    bits = weights.view(np.uint16)
-    # Negative floats descend with their bits and carry the top bit; the others follow them.
-    return bits ^ np.where(bits >> 15, np.uint16(0xFFFF), np.uint16(0x8000))
+        bits = weights.view(np.uint16)
+        counts, mass = _count_bits(bits, ones if sensitivity is None else sensitivity.astype(np.float64))
+        patterns, values = finite_patterns(weights.dtype)
+        occupied = counts[patterns] > 0
+        return Histogram(*_merge_equal(values[occupied], mass[patterns[occupied]]))
+    if sensitivity is None:
+        return Histogram(*_merge_equal(np.sort(weights).astype(np.float64), ones))
+    order = np.argsort(weights, kind="stable")
+    return Histogram(*_merge_equal(weights[order].astype(np.float64), sensitivity[order].astype(np.float64)))
 
 
 @cache
-def bin_values(dtype: np.dtype) -> np.ndarray:
-    """The value, float64, of every bin of a 16-bit float type; NaN and infinities at both ends."""
-    bins = np.arange(65536, dtype=np.uint16)
-    bits = bins ^ np.where(bins >> 15, np.uint16(0x8000), np.uint16(0xFFFF))
-    with np.errstate(invalid="ignore"):  # signalling NaNs are among the bit patterns
-        return np.asarray(bits.view(dtype), np.float64)
+def finite_patterns(dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """The bit patterns, uint16, of the finite values of a 16-bit float type in ascending order; the values, float64."""
+    # Negative floats descend with their bits, the others ascend.
+    patterns = np.concatenate([np.arange(0xFFFF, 0x7FFF, -1), np.arange(0x8000)]).astype(np.uint16)
+    with np.errstate(invalid="ignore"):  # signalling NaNs are among the patterns
+        values = patterns.view(dtype).astype(np.float64)
+    return patterns[np.isfinite(values)], values[np.isfinite(values)]
+
+
+def all_finite(weights: np.ndarray) -> bool:
+    """Whether no weight is NaN or infinite; for 16-bit floats by their exponent bits, ten times faster."""
+    if weights.dtype.itemsize != 2:
+        return bool(np.isfinite(weights).all())
+    exponent = np.array(np.inf, weights.dtype).view(np.uint16)
+    return not ((weights.view(np.uint16) & exponent) == exponent).any()
 
 
 @kernel
 @no_type_check
-def _count_bins(bins, sensitivity):
-    counts = np.zeros(65536, np.int64)
-    for b in bins:
+def _count_bits(bits, sensitivity):
+    """How often each bit pattern occurs, and the sensitivity that falls on it; empty `sensitivity` means ones."""
+    counts = np.zeros(PATTERNS, np.int64)
+    for b in bits:
         counts[b] += 1
     if sensitivity.shape[0] == 0:
         return counts, counts.astype(np.float64)
-    mass = np.zeros(65536)
-    for i in range(bins.shape[0]):
-        mass[bins[i]] += sensitivity[i]
+    mass = np.zeros(PATTERNS)
+    for i in range(bits.shape[0]):
+        mass[bits[i]] += sensitivity[i]
     return counts, mass
+
+
+@kernel
+@no_type_check
+def look_up_bits(bits, table, out):
+    """`out[i] = table[bits[i]]`."""
+    for i in range(bits.shape[0]):
+        out[i] = table[bits[i]]
 
 
 @kernel

@@ -24,7 +24,7 @@ from palettax.clustering.checks import (
 )
 from palettax.clustering.exact import exact_clusters
 from palettax.clustering.fit import LutFit
-from palettax.clustering.histogram import Histogram, bin_values, bins, histogram
+from palettax.clustering.histogram import PATTERNS, Histogram, all_finite, finite_patterns, histogram, look_up_bits
 from palettax.clustering.host import host_call
 from palettax.clustering.lloyd import lloyd
 
@@ -145,7 +145,7 @@ def _fit(
 ) -> tuple[float, int, bool]:
     """Fit one group: fills its lut and indices; returns inertia, probes and whether the optimum is proven."""
     weights = np.ascontiguousarray(weights)
-    if (sensitivity is not None and not (sensitivity >= 0).all()) or not np.isfinite(weights).all():
+    if (sensitivity is not None and not (sensitivity >= 0).all()) or not all_finite(weights):
         lut[:], indices[:] = np.nan, 0
         return np.nan, 0, False
     if sensitivity is not None and not sensitivity.any():
@@ -155,9 +155,12 @@ def _fit(
     lut[:] = centroids
     entries = lut.astype(np.float64)
     if weights.dtype.itemsize == 2:
-        table = np.empty(65536, np.uint8)
-        host_assign(bin_values(weights.dtype), entries, table)
-        indices[:] = table[bins(weights)]
+        patterns, values = finite_patterns(weights.dtype)
+        slots = np.empty(values.size, np.uint8)
+        host_assign(values, entries, slots)
+        table = np.zeros(PATTERNS, np.uint8)
+        table[patterns] = slots
+        look_up_bits(weights.view(np.uint16), table, indices)
     else:
         host_assign(weights, entries, indices)
     slots = np.empty(points.values.size, np.uint8)

@@ -51,7 +51,8 @@ class Audit:
 
     Attributes:
         leaves: per palettized weight, by name.
-        dense: shape and dtype of every float constant of 10 elements or more that is not part of a table.
+        dense: shape and dtype of every float constant of 10 elements or more that is not part of a table, by the
+            name of its leaf where there is one, else of its op.
     """
 
     leaves: dict[str, LeafAudit]
@@ -86,14 +87,21 @@ def audit(mlmodel: ct.models.MLModel | str | Path, palettized: Mapping[str, Any]
     """
     mlmodel = open_model(mlmodel)
     palettes = read_palettes(mlmodel)
-    leaves = {name: leaf for name, leaf in flatten_names(palettized).items() if is_palettized(leaf)}
-    return Audit({name: _compare(name, leaf, palettes) for name, leaf in leaves.items()}, _dense(mlmodel))
+    leaves = flatten_names(palettized)
+    compared = {name: _compare(name, leaf, palettes) for name, leaf in leaves.items() if is_palettized(leaf)}
+    known = {op: name for name in leaves for op in _ops_of(name)}
+    return Audit(compared, {known.get(op, op): found for op, found in _dense(mlmodel).items()})
+
+
+def _ops_of(name: str) -> tuple[str, ...]:
+    """What a plain conversion may call the constant of a parameter: export puts a prefix in front."""
+    plain = op_name(name)
+    return (plain, f"p_{plain}", f"b_{plain}")
 
 
 def _compare(name: str, ours: PalettizedArray, palettes: Mapping[str, PalettizedArray]) -> LeafAudit:
-    """One leaf beside its table, which a plain conversion calls by the name of its parameter, export with a prefix."""
-    plain = op_name(name)
-    found = next((key for key in (name, plain, f"p_{plain}", f"b_{plain}") if key in palettes), None)
+    """One leaf beside its table."""
+    found = next((key for key in (name, *_ops_of(name)) if key in palettes), None)
     if found is None:
         return LeafAudit()
     theirs = palettes[found]

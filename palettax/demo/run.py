@@ -151,6 +151,7 @@ def _draw_accuracy(rows: list[Row], path: Path) -> None:
         family: [(row.nbytes, row.accuracy, f"{row.nbits} bit") for row in small if row.family == family]
         for family in (PER_TENSOR, GROUPED)
     }
-    ax = accuracy_against_size(families, (baseline.nbytes, baseline.accuracy))
-    ax.figure.savefig(path, dpi=130, bbox_inches="tight")
-    pyplot.close(ax.figure)
+    figure, ax = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    accuracy_against_size(families, (baseline.nbytes, baseline.accuracy), ax=ax)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -18,7 +18,9 @@ def test_assign_is_exact(weights, lut):
     """Against rational arithmetic, with the midpoints themselves and their neighbours among the weights."""
     middle = (lut[:-1] / 2 + lut[1:] / 2).astype(np.float32)
     weights = np.concatenate([weights, middle, np.nextafter(middle, np.float32(np.inf)), lut])
-    nearest = [min(range(5), key=lambda j: (abs(Fraction(float(w)) - Fraction(float(lut[j]))), lut[j])) for w in weights]
+    nearest = [
+        min(range(5), key=lambda j: (abs(Fraction(float(w)) - Fraction(float(lut[j]))), lut[j])) for w in weights
+    ]
     found = lut[np.asarray(px.assign(weights, lut))]
     np.testing.assert_array_equal(found, lut[nearest])
 

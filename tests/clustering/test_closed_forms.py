@@ -67,6 +67,10 @@ def test_unique_cannot_count_under_jit():
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("fit", [lambda w: px.uniform_lut(w, 3), px.unique_lut])
 def test_bad_input(fit):
-    for weights, message in ((np.arange(3), "int64"), (np.zeros(0, np.float32), "empty"), (np.float32([np.inf]), "1 inf")):
+    for weights, message in (
+        (np.arange(3), "int64"),
+        (np.zeros(0, np.float32), "empty"),
+        (np.float32([np.inf]), "1 inf"),
+    ):
         with pytest.raises(ValueError, match=message):
             fit(weights)

@@ -106,7 +106,9 @@ def test_nothing_beats_it(kind):
         return float(((weights - lut[np.asarray(px.assign(weights, lut.astype(np.float32)))]) ** 2).sum())
 
     rivals = [px.kmeans_lut(weights, 3, method="lloyd").lut, px.uniform_lut(weights, 3).lut]
-    rivals += [np.sort(KMeans(8, n_init=3, random_state=s).fit(weights[:, None]).cluster_centers_[:, 0]) for s in (0, 1)]
+    rivals += [
+        np.sort(KMeans(8, n_init=3, random_state=s).fit(weights[:, None]).cluster_centers_[:, 0]) for s in (0, 1)
+    ]
     rng = np.random.default_rng(0)
     spread = np.diff(np.asarray(best.lut)).min()
     rivals += [np.asarray(best.lut) + rng.normal(0, spread * 10.0**-p, 8) for p in range(1, 6)]

@@ -1,5 +1,6 @@
 """What `kmeans_lut` promises beyond optimality."""
 
+import itertools
 import subprocess
 import sys
 
@@ -52,7 +53,9 @@ def test_scaling_by_powers_of_two_scales_the_lut_exactly(method):
     for power in (-20, 13):
         scaled = px.kmeans_lut(weights * np.float32(2.0**power), 4, method=method)
         plain = px.kmeans_lut(weights, 4, method=method)
-        np.testing.assert_allclose(np.asarray(scaled.lut) * 2.0**-power, plain.lut, rtol=0 if method == "exact" else 1e-5)
+        np.testing.assert_allclose(
+            np.asarray(scaled.lut) * 2.0**-power, plain.lut, rtol=0 if method == "exact" else 1e-5
+        )
 
 
 def test_order_does_not_matter():
@@ -136,7 +139,7 @@ def test_lloyd_descends_and_stops():
     weights = data("normal", 2000).astype(np.float32)
     fits = [px.kmeans_lut(weights, 4, method="lloyd", max_steps=m) for m in (0, 1, 2, 4, 8, 500)]
     inertias = [float(f.inertia) for f in fits]
-    assert all(later <= earlier * (1 + 1e-6) for earlier, later in zip(inertias, inertias[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(inertias))
     assert [bool(f.converged) for f in fits] == [False] * 5 + [True]
     assert int(fits[3].num_steps) == 4
 
