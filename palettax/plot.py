@@ -83,8 +83,13 @@ def accuracy_against_size(
     """
     pyplot = require("matplotlib.pyplot", "plot")
     axes: Axes = ax or pyplot.subplots(figsize=(6, 3.6))[1]
-    styles = ((_ACCENT, "o", 7), ("#2e6f95", "s", -14), ("#5b8e5a", "D", 7))
-    for (label, points), (color, marker, lift) in zip(families.items(), styles, strict=False):
+    # Neighbouring families label their points on opposite sides.
+    styles = (
+        (_ACCENT, "o", (-6, 4), "right"),
+        ("#2e6f95", "s", (6, -9), "left"),
+        ("#5b8e5a", "D", (-6, -9), "right"),
+    )
+    for (label, points), (color, marker, offset, side) in zip(families.items(), styles, strict=False):
         ordered = sorted(points)
         axes.plot(
             [p[0] / 1e6 for p in ordered], [100 * p[1] for p in ordered],
@@ -92,7 +97,7 @@ def accuracy_against_size(
         )  # fmt: skip
         for size, score, name in ordered:
             at = (size / 1e6, 100 * score)
-            axes.annotate(name, at, (0, lift), textcoords="offset points", ha="center", fontsize=8, color=color)
+            axes.annotate(name, at, offset, textcoords="offset points", ha=side, fontsize=8, color=color)
     axes.axhline(100 * baseline[1], color=_INK, linewidth=0.8, linestyle=":")
     axes.plot(
         baseline[0] / 1e6, 100 * baseline[1], marker="*", markersize=10, color=_INK, linestyle="", label="float16"

@@ -314,4 +314,5 @@ def exact_clusters(values: np.ndarray, mass: np.ndarray, k: int) -> Clustering:
     """
     unit, heaviest = power_of_two(values), power_of_two(mass)
     centroids, cost, bound, probes = _solve(values / unit, mass / heaviest, k)
-    return Clustering(centroids * unit, cost * unit**2 * heaviest, bound * unit**2 * heaviest, probes)
+    # Factor by factor: beyond the range of a double the product is infinite, where a power would be an error.
+    return Clustering(centroids * unit, cost * unit * unit * heaviest, bound * unit * unit * heaviest, probes)

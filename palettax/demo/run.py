@@ -130,10 +130,14 @@ def _draw_histograms(params: Any, path: Path) -> None:
 
     layers, widths = ("conv2", "dense1", "dense2"), (6, 4, 3, 2)
     figure, axes = pyplot.subplots(len(layers), len(widths), figsize=(12, 6), layout="constrained", sharex="row")
+    limits = {layer: (np.inf, -np.inf) for layer in layers}
     for column, nbits in enumerate(widths):
         small = px.palettize(params, px.kmeans(nbits))
         for row, layer in enumerate(layers):
             ax = histogram(params[layer]["kernel"], small[layer]["kernel"], ax=axes[row, column])
+            low, high = zip(limits[layer], ax.get_xlim(), strict=True)
+            limits[layer] = (min(low), max(high))
+            ax.set_xlim(limits[layer])
             ax.set(xlabel="weight" if row == len(layers) - 1 else "", title=f"{nbits} bits" if row == 0 else "")
             if column == 0:
                 ax.set_ylabel(layer)

@@ -138,6 +138,8 @@ def _custom_row(result: LutFit | tuple[Any, Any], weights: Array) -> LutFit:
 
 def _hard(fit: GroupFit, granularity: Granularity, must_converge: bool = False) -> PaletteTransformation:
     """The transform of a group fit. With `must_converge`, leaves whose fit did not converge stay as they are."""
+    if granularity.vector_size != 1:
+        raise ValueError(f"vector_size={granularity.vector_size}; only scalars (vector_size=1) can be clustered so far")
 
     @float64_stays
     def fit_leaf(weights: Array, sensitivity: Array | None) -> tuple[PalettizedArray, Any]:
