@@ -34,13 +34,14 @@ def save(path: str | os.PathLike[str], tree: Tree) -> None:
             Flax states) are written as the nested dict of their leaf paths.
 
     Raises:
-        ValueError: a leaf that is no array, or two leaves of one path.
+        ValueError: a leaf that is no array of numbers, or two leaves of one path.
 
     Example:
-        >>> import jax, palettax as px
+        >>> import os, tempfile, jax, palettax as px
         >>> small = px.palettize({"w": jax.random.normal(jax.random.key(0), (64, 64))}, px.kmeans(nbits=2))
-        >>> px.save("/tmp/palettax-example.safetensors", small)
-        >>> px.load("/tmp/palettax-example.safetensors")["w"].nbits
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     px.save(os.path.join(folder, "small.safetensors"), small)
+        ...     px.load(os.path.join(folder, "small.safetensors"))["w"].nbits
         2
     """
     leaves: dict[str, dict[str, Any]] = {}
@@ -48,14 +49,11 @@ def save(path: str | os.PathLike[str], tree: Tree) -> None:
     structure = _describe(tree, (), leaves, tensors)
     header = {"format": FORMAT, "structure": json.dumps(structure), "leaves": json.dumps(leaves)}
     target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent or ".", prefix=f".{target.name}.")
-    os.close(handle)
-    try:
-        safetensors.numpy.save_file(tensors, temporary, metadata=header)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    # A folder, not a temporary file: those are readable by their owner alone.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        fresh = Path(folder) / target.name
+        safetensors.numpy.save_file(tensors, fresh, metadata=header)
+        os.replace(fresh, target)
 
 
 def load(path: str | os.PathLike[str]) -> Tree:
@@ -70,23 +68,34 @@ def load(path: str | os.PathLike[str]) -> Tree:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, is no safetensors file, or was not written by `save`.
+
+    Example:
+        >>> import os, tempfile, numpy as np, palettax as px
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     px.save(os.path.join(folder, "tree.safetensors"), {"layers": [np.arange(3)]})
+        ...     px.load(os.path.join(folder, "tree.safetensors"))
+        {'layers': [array([0, 1, 2])]}
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {os.fspath(path)!r}")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise ValueError(
-                    f"{os.fspath(path)!r} is a safetensors file, but its format is {header.get('format')!r}, not "
-                    f"{FORMAT!r}; read it with safetensors, and write palettized trees with px.save"
-                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _rebuild(json.loads(header["structure"]), json.loads(header["leaves"]), tensors)
-    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{os.fspath(path)!r} is truncated or not written by px.save ({type(error).__name__}: {error}); "
-            "write it again with px.save"
+            f"{os.fspath(path)!r} is truncated or no safetensors file ({error}); write it again"
+        ) from error
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"{os.fspath(path)!r} is a safetensors file, but its format is {header.get('format')!r}, not {FORMAT!r}; "
+            "read it with safetensors, and write palettized trees with px.save"
+        )
+    try:
+        return _rebuild(json.loads(header["structure"]), json.loads(header["leaves"]), tensors)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} has a damaged header ({type(error).__name__}: {error}); write it again with px.save"
         ) from error
 
 
@@ -121,21 +130,25 @@ def _write_leaf(name: str, leaf: Any, leaves: dict[str, Any], tensors: dict[str,
             "vector_axis": leaf.vector_axis,
             "dtype": str(np.dtype(leaf.dtype)),
         }
-        tensors[f"{name}#lut"] = _carry(np.asarray(leaf.lut))
-        tensors[f"{name}#indices"] = pack(np.asarray(leaf.indices), leaf.nbits)
-        if leaf.scale is not None:
-            tensors[f"{name}#scale"] = _carry(np.asarray(leaf.scale))
-        return name
-    array = np.asarray(leaf)
-    if array.dtype == object:
-        raise ValueError(f"leaf '{name}' is a {type(leaf).__name__}, not an array; leave it out")
-    leaves[name] = {"dtype": str(array.dtype)}
-    tensors[name] = _carry(array)
+        parts = {f"{name}#lut": leaf.lut, f"{name}#indices": pack(np.asarray(leaf.indices), leaf.nbits)}
+        parts |= {} if leaf.scale is None else {f"{name}#scale": leaf.scale}
+    else:
+        parts = {name: leaf}
+        leaves[name] = {"dtype": str(np.asarray(leaf).dtype.newbyteorder("="))}
+    for part, array in parts.items():
+        if part in tensors:
+            raise ValueError(f"leaf '{part}' has the name of a part of a palettized leaf; rename it")
+        tensors[part] = _carry(part, np.asarray(array))
     return name
 
 
-def _carry(array: np.ndarray) -> np.ndarray:
-    array = np.ascontiguousarray(array) if array.ndim else array
+def _carry(name: str, array: np.ndarray) -> np.ndarray:
+    """The array in a type that safetensors writes."""
+    foreign = array.dtype.names is not None or array.dtype.kind not in "biufcV"
+    if foreign or (array.dtype.kind == "V" and array.dtype.itemsize not in _CARRIERS):
+        raise ValueError(f"leaf '{name}' is of {array.dtype}, which is no array of numbers; leave it out")
+    # ascontiguousarray would give a scalar an axis.
+    array = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
     return array.view(_CARRIERS[array.dtype.itemsize]) if array.dtype.kind == "V" else array
 
 

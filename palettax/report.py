@@ -122,7 +122,9 @@ def _leaf_report(before: object, now: object, weight_threshold: int) -> LeafRepo
 def _sqnr(before: np.ndarray, after: np.ndarray) -> float:
     signal = np.sum(np.square(before, dtype=np.float64))
     noise = np.sum(np.square(before.astype(np.float64) - after.astype(np.float64)))
-    return float(np.inf if noise == 0 else 10 * np.log10(signal / noise))
+    if noise == 0 or signal == 0:
+        return float(np.inf if noise == 0 else -np.inf)
+    return float(10 * np.log10(signal / noise))
 
 
 def _why_dense(weights: np.ndarray, weight_threshold: int) -> str:

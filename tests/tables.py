@@ -28,6 +28,12 @@ HARD = {
     "by_path": px.by_path([("^a$", px.kmeans(2)), ("b/0", None), ("b", px.uniform(1))]),
 }
 
+NEEDS_VALUES = {"unique"}
+"""Rows that choose a storage by the values: eager only."""
+
+INEXACT = {"custom"}
+"""Rows that may move weights of two values; those of -1 and 1 they keep."""
+
 
 def data(kind: str, n: int, seed: int = 0) -> np.ndarray:
     """float64 samples of the kinds that clustering finds easy, hard or degenerate."""
@@ -54,7 +60,7 @@ def sensitivities(n: int, seed: int = 1) -> np.ndarray:
 
 
 def params(dtype=np.float32, seed: int = 0):
-    """A small tree with a matrix, a vector and a convolution."""
+    """A small tree of 80 weights a leaf: compiled computations on its groups are shared between the leaves."""
     rng = np.random.default_rng(seed)
-    a, b, c = (rng.standard_normal(s).astype(dtype) for s in ((8, 10), (12, 20), (4, 2, 3, 5)))
+    a, b, c = (rng.standard_normal(s).astype(dtype) for s in ((8, 10), (4, 2, 10), (4, 2, 2, 5)))
     return {"a": a, "b": [b, c]}

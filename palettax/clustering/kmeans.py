@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Literal
 
 import jax
@@ -71,8 +71,8 @@ def kmeans_lut(
     Example:
         >>> import numpy as np, palettax as px
         >>> fit = px.kmeans_lut(np.array([0.0, 0.1, 0.9, 1.0, 5.0, 5.2], np.float32), nbits=1)
-        >>> fit.lut.round(2).tolist(), fit.indices.tolist()
-        ([0.5, 5.1], [0, 0, 0, 0, 1, 1])
+        >>> print(fit.lut.round(2), fit.indices)
+        [0.5 5.1] [0 0 0 0 1 1]
 
     References:
         Grønlund et al., "Fast exact k-means, k-medians and Bregman divergence clustering in 1D", arXiv 1701.07204.
@@ -105,8 +105,7 @@ def kmeans_groups(
     """
     n = weights.shape[1]
     if method == "lloyd":
-        fit: Callable[..., LutFit] = lambda w, s: lloyd(w, 2**nbits, s, max_steps)  # noqa: E731
-        return jax.vmap(fit)(jnp.asarray(weights), None if sensitivity is None else jnp.asarray(sensitivity))
+        return _lloyd_groups(weights, sensitivity, 2**nbits, max_steps)
     if method != "exact":
         raise ValueError(f'method={method!r}; choose "exact" or "lloyd"')
     results = [
@@ -118,6 +117,12 @@ def kmeans_groups(
     ]
     args = [weights] if sensitivity is None else [weights, sensitivity]
     return LutFit(*host_call(_exact_kmeans, results, *args))
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _lloyd_groups(weights: Array, sensitivity: Array | None, k: int, max_steps: int) -> LutFit:
+    axes = (0, None if sensitivity is None else 0)
+    return jax.vmap(lambda w, s: lloyd(w, k, s, max_steps), axes)(weights, sensitivity)
 
 
 def _exact_kmeans(*arrays: np.ndarray) -> None:

@@ -33,8 +33,8 @@ def unique_lut(weights: Float[Array, "*shape"], nbits: int | None = None) -> Lut
     Example:
         >>> import numpy as np, palettax as px
         >>> fit = px.unique_lut(np.array([0.3, 0.3, 0.5, 0.5], np.float32))
-        >>> fit.lut.round(2).tolist(), fit.indices.tolist(), bool(fit.converged)
-        ([0.3, 0.5], [0, 0, 1, 1], True)
+        >>> print(fit.lut, fit.indices, fit.converged)
+        [0.3 0.5] [0 0 1 1] True
     """
     check_weights(weights)
     check_finite(weights)

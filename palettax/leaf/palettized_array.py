@@ -127,6 +127,8 @@ class PalettizedArray:
             raise ValueError(f"indices are {indices.dtype}; they must be uint8")
         if not jnp.issubdtype(lut.dtype, jnp.floating) or np.dtype(lut.dtype) != np.dtype(self.dtype):
             raise ValueError(f"lut is {lut.dtype}; it must be floating and of the weight's dtype {self.dtype}")
+        if self.scale is not None and np.dtype(self.scale.dtype) != np.dtype(self.dtype):
+            raise ValueError(f"scale is {self.scale.dtype}; it must be of the weight's dtype {self.dtype}")
         if self.scale is not None and len(self.scale.shape) != rank:
             raise ValueError(f"scale {self.scale.shape} must have the rank of the weight {self.shape}")
         if self.scale is not None and np.broadcast_shapes(self.scale.shape, self.shape) != self.shape:
@@ -155,7 +157,7 @@ class PalettizedArray:
         Args:
             axes: a permutation of `range(ndim)`; none at all reverses the axes, as in NumPy.
         """
-        order = tuple(a % self.ndim for a in axes) or tuple(reversed(range(self.ndim)))
+        order = tuple(a + self.ndim if a < 0 else a for a in axes) or tuple(reversed(range(self.ndim)))
         if sorted(order) != list(range(self.ndim)):
             raise ValueError(f"axes {axes} are not a permutation of the {self.ndim} axes of {self.shape}")
         return dataclasses.replace(
@@ -178,6 +180,8 @@ class PalettizedArray:
         Raises:
             ValueError: the order would tear apart a group or a vector along that axis, so no table could hold it.
         """
+        if not -self.ndim <= axis < self.ndim:
+            raise ValueError(f"axis={axis} is not an axis of {self.shape}")
         axis %= self.ndim
         order = np.asarray(order)
         length, groups = self.shape[axis], self.groups[axis]

@@ -36,7 +36,7 @@ def chain(*transforms: PaletteTransformation) -> PaletteTransformation:
         for t, s in zip(transforms, state, strict=True):
             params, s = t.update(params, s, sensitivity=sensitivity)
             states.append(s)
-        return params, tuple(states)
+        return depalettize(params), tuple(states)
 
     def finalize(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> Tree:
         for t, s in zip(transforms, state, strict=True):
@@ -82,7 +82,7 @@ def masked(inner: PaletteTransformation, mask: Tree | Callable[[Tree], Tree]) ->
 
     def update(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> tuple[Tree, Tree]:
         new, state = inner.update(select(params, params), state, sensitivity=select(params, sensitivity))
-        return restore(params, new), state
+        return depalettize(restore(params, new)), state
 
     def finalize(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> Tree:
         return restore(params, inner.finalize(select(params, params), state, sensitivity=select(params, sensitivity)))

@@ -121,7 +121,7 @@ def custom(
 def _custom_row(result: LutFit | tuple[Any, Any], weights: Array) -> LutFit:
     """One group's answer as a `LutFit` with an ascending lut."""
     lut = jnp.asarray(result[0], weights.dtype)
-    indices = jnp.asarray(result[1]).reshape(-1)
+    indices = jnp.asarray(result[1]).reshape(-1).astype(jnp.int32)
     if lut.ndim != 1 or not 1 <= lut.size <= 256:
         raise ValueError(f"lut_function gave a lut of shape {lut.shape}; give one row of 1 to 256 values")
     if indices.size != weights.size:
@@ -133,7 +133,7 @@ def _custom_row(result: LutFit | tuple[Any, Any], weights: Array) -> LutFit:
     rank = jnp.argsort(order).astype(jnp.uint8)
     inertia = jnp.sum((weights - lut[indices]) ** 2)
     converged = result.converged if isinstance(result, LutFit) else jnp.ones((), bool)
-    return LutFit(lut[order], rank[indices.astype(jnp.int32)], inertia, jnp.zeros((), jnp.int32), converged)
+    return LutFit(lut[order], rank[indices], inertia, jnp.zeros((), jnp.int32), converged)
 
 
 def _hard(fit: GroupFit, granularity: Granularity, must_converge: bool = False) -> PaletteTransformation:
@@ -149,21 +149,22 @@ def _hard(fit: GroupFit, granularity: Granularity, must_converge: bool = False) 
         groups = granularity.groups(tuple(weights.shape))
         rows = split_blocks(weights, groups)
         result = fit(rows, None if sensitivity is None else split_blocks(sensitivity, groups))
-        fits = result.converged.all() if must_converge else np.True_
+        fits = result.converged.all() if must_converge else None
         return _assemble(result, rows, groups, tuple(weights.shape)), fits
 
     def update_leaf(leaf: Any, sensitivity: Array | None) -> Array:
         weights = depalettize(leaf)
         small, fits = fit_leaf(weights, sensitivity)
-        dense = small.depalettize()
-        return dense if fits is np.True_ else jnp.where(fits, dense, weights)
+        if is_traced(fits):
+            return jnp.where(fits, small.depalettize(), weights)
+        return small.depalettize() if fits is None or fits else weights
 
     def finalize_leaf(leaf: Any, sensitivity: Array | None) -> Any:
         small, fits = fit_leaf(depalettize(leaf), sensitivity)
         if is_traced(fits):
             # Storage cannot depend on values under jit: what does not fit must not pass for the weight.
             return dataclasses.replace(small, lut=jnp.where(fits, small.lut, jnp.nan))
-        return small if fits else leaf
+        return small if fits is None or fits else leaf
 
     return PaletteTransformation(
         init=lambda params: (),

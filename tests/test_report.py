@@ -1,0 +1,136 @@
+"""`report` against numbers counted by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import palettax as px
+from tests.tables import DTYPES
+
+RNG = np.random.default_rng(0)
+
+
+def tree():
+    return {
+        "kernel": RNG.standard_normal((60, 40)).astype(np.float32),
+        "half": RNG.standard_normal((40, 60)).astype(np.float16),
+        "bias": np.ones(60, np.float32),
+        "ids": np.arange(5),
+    }
+
+
+def test_numbers_of_every_leaf():
+    params = tree()
+    rules = px.by_path([("half", px.kmeans(2, granularity=px.Granularity(group_size=20))), ("", px.kmeans(3))])
+    small = px.palettize(params, rules)
+    found = px.report(params, small)
+    assert list(found) == ["bias", "half", "ids", "kernel"]  # the order of the tree
+
+    kernel = found["kernel"]
+    assert kernel[:4] == ((60, 40), "float32", 3, (1, 1))
+    assert kernel.nbytes == 2400 * 3 // 8 + 8 * 4
+    assert kernel.nbytes_before == 2400 * 4
+    assert kernel.bits_per_weight == 8 * kernel.nbytes / 2400
+    assert kernel.skipped == ""
+
+    half = found["half"]
+    assert half[:4] == ((40, 60), "float16", 2, (2, 1))
+    assert half.nbytes == 2400 * 2 // 8 + 2 * 4 * 2
+    assert half.nbytes_before == 2400 * 2
+
+    bias = found["bias"]
+    assert bias == ((60,), "float32", None, (), 32.0, np.inf, 240, 240, "60 weights, not above weight_threshold=2048")
+    assert found.nbytes == kernel.nbytes + half.nbytes + 240 + params["ids"].nbytes
+    assert found.nbytes_before == sum(leaf.nbytes for leaf in params.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_sqnr(dtype):
+    before = RNG.standard_normal((60, 40)).astype(dtype)
+    small = px.palettize(before, px.kmeans(3))
+    (leaf,) = px.report(before, small).values()
+    exact, error = before.astype(np.float64), before.astype(np.float64) - np.asarray(small.depalettize(), np.float64)
+    assert leaf.sqnr == pytest.approx(10 * np.log10(np.sum(exact**2) / np.sum(error**2)), rel=1e-9)
+
+
+def test_six_decibels_a_bit():
+    # A range of 2^b levels: signal (2^b - 1)²/12 · ..., noise 1/12 of a step²; halving the step is 20 log10(2) dB.
+    before = np.linspace(-1, 1, 60_000, dtype=np.float32).reshape(300, 200)
+    one, two = (px.report(before, px.palettize(before, px.kmeans(b)))[""].sqnr for b in (3, 4))
+    assert two - one == pytest.approx(20 * np.log10(2), abs=0.01)
+    assert one == pytest.approx(3 * 20 * np.log10(2), abs=0.01)  # (2/√12)² against (2/8/√12)²
+
+
+def test_a_lossless_leaf_has_infinite_sqnr():
+    before = np.sign(RNG.standard_normal((60, 40))).astype(np.float32)
+    (leaf,) = px.report(before, px.palettize(before, px.unique())).values()
+    assert leaf.sqnr == np.inf
+    assert leaf.nbits == 1
+
+
+def test_zeros_that_became_something_have_an_sqnr_of_minus_infinity():
+    before = np.zeros((60, 40), np.float32)
+    small = px.palettize(before, px.custom(lambda w: ([1.0], np.zeros(2400, int))))
+    (leaf,) = px.report(before, small).values()
+    assert leaf.sqnr == -np.inf
+
+
+def test_why_a_leaf_is_dense():
+    wide = np.arange(2401, dtype=np.float32)
+    bad = wide.copy()
+    bad[:3] = np.nan
+    params = {"bad": bad, "few": np.ones(7, np.float32), "ids": np.arange(3000), "off": wide[:2400] % 300, "wide": wide}
+    rules = px.by_path([("ids|off", None), ("", px.unique())])
+    small = px.palettize(params, rules, nonfinite="keep")
+    assert {name: leaf.skipped for name, leaf in px.report(params, small).items()} == {
+        "bad": "3 NaN or infinite values",
+        "few": "7 weights, not above weight_threshold=2048",
+        "ids": "int64 is not floating",
+        "off": "left dense by the transform (300 distinct values)",
+        "wide": "left dense by the transform (2401 distinct values)",
+    }
+    assert px.report(params, small, weight_threshold=2401)["wide"].skipped == (
+        "2401 weights, not above weight_threshold=2401"
+    )
+
+
+def test_it_prints_a_line_for_every_leaf_and_the_total():
+    params = tree()
+    found = px.report(params, px.palettize(params, px.kmeans(4)))
+    lines = str(found).splitlines()
+    assert len(lines) == 1 + len(params) + 1
+    for line, (name, leaf) in zip(lines[1:], found.items(), strict=False):
+        assert line.startswith(name)
+        assert "×".join(map(str, leaf.shape)) in line
+        assert f"{leaf.nbytes:,}" in line
+        assert ("4 bits, 1 lut" in line) if leaf.nbits else (f"dense: {leaf.skipped}" in line)
+    before, now = found.nbytes_before, found.nbytes
+    assert lines[-1] == f"{before:,} bytes became {now:,}: {before / now:.2f} times smaller"
+
+
+def test_an_empty_tree():
+    found = px.report({}, {})
+    assert (found.nbytes, found.nbytes_before) == (0, 0)
+    assert "0 bytes became 0: 1.00 times smaller" in str(found)
+
+
+def test_scalars_and_empty_leaves():
+    params = {"empty": np.zeros((0, 3), np.float32), "lr": 0.1, "scalar": jnp.float32(3)}
+    found = px.report(params, px.palettize(params, px.kmeans(1)))
+    assert [leaf.nbytes for leaf in found.values()] == [0, 8, 4]
+    assert [leaf.bits_per_weight for leaf in found.values()] == [0, 64, 32]
+
+
+def test_a_tree_that_was_palettized_before():
+    first = px.palettize({"w": RNG.standard_normal((60, 40)).astype(np.float32)}, px.kmeans(4))
+    second = px.kmeans(2).finalize(first, ())
+    (leaf,) = px.report(first, second).values()
+    before, after = first["w"].depalettize(), second["w"].depalettize()
+    assert leaf.nbytes_before == 9600
+    assert leaf.sqnr == pytest.approx(10 * np.log10(np.sum(before**2.0) / np.sum((before - after) ** 2.0)), rel=1e-6)
+
+
+@pytest.mark.parametrize("other", [{}, {"w": 1.0}, [1.0, 2.0], {"a": 1.0, "b": {"c": 1.0}, "d": 1.0}])
+def test_trees_that_do_not_match(other):
+    with pytest.raises(ValueError, match="params and palettized are different trees"):
+        px.report({"a": np.ones(3), "b": np.ones(3)}, other)

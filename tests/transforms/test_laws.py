@@ -1,0 +1,267 @@
+"""The laws every hard transform obeys: rows of `HARD`, leaves of every float type."""
+
+import itertools
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import palettax as px
+from palettax.leaf import is_palettized
+from tests.tables import COLUMNS, DTYPES, HARD, INEXACT, NEEDS_VALUES, ROWS, params
+
+
+def laws(test):
+    return pytest.mark.parametrize("dtype", DTYPES)(pytest.mark.parametrize("name", HARD)(test))
+
+
+@cache
+def outcome(name, dtype, seed=0):
+    """(params, a copy made before, update's params, finalize's tree): computed once, compiling is what costs."""
+    transform, tree = HARD[name], params(DTYPES[dtype], seed)
+    before = jax.tree.map(np.copy, tree)
+    state = transform.init(tree)
+    updated, _ = transform.update(tree, state)
+    return tree, before, updated, transform.finalize(tree, state)
+
+
+def palettes(tree):
+    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_palettized) if is_palettized(leaf)]
+
+
+def same_bits(a, b):
+    a, b = np.asarray(a), np.asarray(b)
+    assert (a.dtype, a.shape) == (b.dtype, b.shape)
+    assert a.tobytes() == b.tobytes()
+
+
+def same_tree(a, b):
+    """The same structure, storage and bits."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        same_bits(x, y)
+
+
+@laws
+def test_structure(name, dtype):
+    tree, _, updated, _ = outcome(name, dtype)
+    assert jax.tree.structure(updated) == jax.tree.structure(tree)  # palettized leaves would be nodes
+    for before, now in zip(jax.tree.leaves(tree), jax.tree.leaves(updated), strict=True):
+        assert (now.shape, now.dtype) == (before.shape, before.dtype)
+
+
+@laws
+def test_agreement(name, dtype):
+    _, _, updated, small = outcome(name, dtype)
+    same_tree(px.depalettize(small), updated)
+
+
+@laws
+def test_storage_is_valid_sorted_and_of_the_dtype_of_the_leaf(name, dtype):
+    tree, _, _, small = outcome(name, dtype)
+    for before, leaf in zip(jax.tree.leaves(tree), jax.tree.leaves(small, is_leaf=is_palettized), strict=True):
+        assert leaf.shape == before.shape
+        assert leaf.dtype == before.dtype
+    for leaf in palettes(small):
+        leaf.validate()
+        assert leaf.lut.dtype == leaf.dtype
+        assert (np.diff(np.asarray(leaf.lut, np.float64), axis=-2) >= 0).all()
+
+
+@laws
+def test_inputs_are_not_mutated(name, dtype):
+    tree, before, _, _ = outcome(name, dtype)
+    same_tree(tree, before)
+
+
+@laws
+def test_idempotence(name, dtype):
+    _, _, updated, _ = outcome(name, dtype)
+    again, _ = HARD[name].update(updated, HARD[name].init(updated))
+    same_tree(again, updated)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", HARD)
+def test_two_values_a_leaf_come_back_bit_for_bit(name, dtype):
+    values = [-1, 1] if name in INEXACT else [-0.3, 0.1]
+    tree = jax.tree.map(lambda leaf: np.where(leaf > 0, *values).astype(leaf.dtype), params(DTYPES[dtype]))
+    same_tree(px.depalettize(HARD[name].finalize(tree, HARD[name].init(tree))), tree)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "transform",
+    [px.kmeans(3), px.kmeans(3, method="lloyd"), px.unique(3), px.unique()],
+    ids=["kmeans", "lloyd", "3", "-"],
+)
+def test_as_many_values_as_entries_come_back_bit_for_bit(transform, dtype):
+    values = np.array([-7, -2.5, -1e-3, 0, 0.1, 0.125, 3, 1e3]).astype(DTYPES[dtype])
+    weights = values[np.random.default_rng(0).permutation(80) % 8].reshape(8, 10)
+    small = transform.finalize(weights, ())
+    assert small.nbits == 3
+    np.testing.assert_array_equal(np.asarray(small.lut).reshape(-1), values)
+    same_bits(small.depalettize(), weights)
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_twice_the_same_bits(name):
+    tree, _, _, small = outcome(name, "float32")
+    same_tree(HARD[name].finalize(tree, HARD[name].init(tree)), small)
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_jit_agrees_and_traces_once(name):
+    tree, _, updated, _ = outcome(name, "float32")
+    transform, traces = HARD[name], []
+
+    @jax.jit
+    def update(tree):
+        traces.append(1)
+        return transform.update(tree, transform.init(tree))[0]
+
+    if name in NEEDS_VALUES:
+        with pytest.raises(ValueError, match=r"leaf 'a' .* unknown under jit; pass nbits"):
+            update(tree)
+        return
+    for a, b in zip(jax.tree.leaves(update(tree)), jax.tree.leaves(updated), strict=True):
+        np.testing.assert_allclose(a, b, rtol=3e-7, atol=3e-7)  # compiled as a whole, a product and a sum round once
+    update(params(np.float32, seed=1))
+    assert len(traces) == 1
+
+
+compilations = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, duration, **kwargs: compilations.append(event) if "backend_compile" in event else None
+)
+
+
+@pytest.mark.parametrize("name", [n for n in HARD if n not in INEXACT])
+def test_a_second_call_compiles_nothing(name):
+    tree, _, _, _ = outcome(name, "float32")  # the first
+    HARD[name].finalize(tree, HARD[name].init(tree))
+    del compilations[:]
+    HARD[name].finalize(tree, HARD[name].init(tree))
+    assert not compilations
+
+
+def shuffled(array, rows, columns):
+    """Permute the first axis within groups of 4 and the last within groups of 5, so that every group stays whole."""
+    for axis, order in ((0, rows), (-1, columns)):
+        starts = np.arange(0, array.shape[axis], order.size)[:, None]
+        array = array.take((starts + order).reshape(-1), axis=axis)
+    return array
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_permutation(name):
+    tree, _, updated, _ = outcome(name, "float32")
+    rng = np.random.default_rng(0)
+    rows, columns = rng.permutation(4), rng.permutation(5)
+    moved, _ = HARD[name].update(jax.tree.map(lambda w: shuffled(w, rows, columns), tree), HARD[name].init(tree))
+    for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(updated), strict=True):
+        np.testing.assert_allclose(a, shuffled(np.asarray(b), rows, columns), rtol=1e-5)  # Lloyd's sums reorder
+
+
+def test_identity():
+    tree = params()
+    transform = px.identity()
+    updated, state = transform.update(tree, transform.init(tree))
+    assert all(a is b for a, b in zip(jax.tree.leaves(updated), jax.tree.leaves(tree), strict=True))
+    assert transform.finalize(tree, state) is tree
+    small = outcome("kmeans", "float32")[3]
+    assert transform.finalize(small, ()) is small
+    same_tree(transform.update(small, ())[0], px.depalettize(small))
+
+
+@pytest.mark.parametrize("name", ["kmeans rows", "unique", "masked", "by_path"])
+def test_identity_is_neutral_in_a_chain(name):
+    tree, _, _, small = outcome(name, "float32")
+    for transform in (px.chain(HARD[name], px.identity()), px.chain(px.identity(), HARD[name])):
+        same_tree(transform.finalize(tree, transform.init(tree)), small)
+
+
+@pytest.mark.parametrize("name", ["kmeans columns", "uniform", "masked", "by_path", "custom"])
+def test_chain_is_associative(name):
+    tree = params()
+    a, b, c = px.kmeans(4), HARD[name], px.kmeans(1, granularity=ROWS)
+    forms = [px.chain(a, b, c), px.chain(a, px.chain(b, c)), px.chain(px.chain(a, b), c)]
+    values = [t.update(tree, t.init(tree))[0] for t in forms]
+    storage = [t.finalize(tree, t.init(tree)) for t in forms]
+    for i in (1, 2):
+        same_tree(values[i], values[0])
+        same_tree(storage[i], storage[0])
+    one_by_one = c.update(b.update(a.update(tree, ())[0], b.init(tree))[0], ())[0]
+    same_tree(values[0], one_by_one)
+
+
+def per_group(weights, granularity, fit):
+    """Fit each group by itself: its lut in the dtype of the weights, and the nearest entry of every weight."""
+    groups = granularity.groups(weights.shape)
+    sizes = [n // g for n, g in zip(weights.shape, groups, strict=True)]
+    dense, luts = np.empty_like(weights), []
+    for place in itertools.product(*(range(g) for g in groups)):
+        block = tuple(slice(i * n, (i + 1) * n) for i, n in zip(place, sizes, strict=True))
+        # In float64, so that the lut is rounded only once.
+        lut = np.asarray(fit(weights[block].astype(np.float64)).lut).astype(weights.dtype)
+        dense[block] = lut[np.asarray(px.assign(weights[block], lut))]
+        luts.append(lut)
+    return dense, np.stack(luts).reshape(*groups, -1, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("granularity", [ROWS, COLUMNS, px.Granularity()], ids=["rows", "columns", "tensor"])
+def test_groups_are_a_loop_over_groups(granularity, dtype):
+    transform = px.kmeans(2, granularity=granularity)
+    for weights in jax.tree.leaves(params(DTYPES[dtype])):
+        dense, lut = per_group(weights, granularity, lambda w: px.kmeans_lut(w, 2))
+        small = transform.finalize(weights, ())
+        same_bits(small.lut, lut)
+        same_bits(small.depalettize(), dense)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("granularity", [ROWS, COLUMNS], ids=["rows", "columns"])
+def test_uniform_groups_are_a_loop_over_groups(granularity, dtype):
+    transform = px.uniform(4, granularity=granularity)
+    weights = params(DTYPES[dtype])["a"]
+    groups = granularity.groups(weights.shape)
+    small = transform.finalize(weights, ())
+    dense = np.asarray(small.depalettize())
+    for place in np.ndindex(*groups):
+        block = tuple(slice(i * n // g, (i + 1) * n // g) for i, n, g in zip(place, weights.shape, groups, strict=True))
+        fit = px.uniform_lut(weights[block], 4)
+        lut = np.asarray(fit.lut).astype(weights.dtype)
+        np.testing.assert_allclose(
+            np.asarray(small.lut[place][:, 0], np.float64), lut.astype(np.float64), rtol=float(jnp.finfo(lut.dtype).eps)
+        )
+        own = np.asarray(small.lut[place][:, 0])
+        same_bits(dense[block], own[np.asarray(px.assign(weights[block], own))])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unique_takes_one_width_for_all_groups(dtype):
+    weights = np.arange(16).astype(DTYPES[dtype]).reshape(4, 4) // np.array([[8], [8], [1], [1]], DTYPES[dtype])
+    small = px.unique(granularity=px.Granularity(group_size=2)).finalize(weights, ())
+    assert small.nbits == 3
+    same_bits(small.depalettize(), weights)
+
+
+@pytest.mark.parametrize("make", [px.kmeans, px.uniform, px.unique])
+@pytest.mark.parametrize("nbits", [0, 5, 9, -1])
+def test_widths_core_ml_has_not(make, nbits):
+    with pytest.raises(ValueError, match=rf"nbits={nbits}; an index has one of \(1, 2, 3, 4, 6, 8\) bits"):
+        make(nbits)
+
+
+@pytest.mark.parametrize("make", [lambda g: px.kmeans(2, granularity=g), lambda g: px.uniform(2, granularity=g)])
+def test_a_vector_size_is_honoured_or_refused(make):
+    weights = params()["a"]
+    try:
+        small = make(px.Granularity(vector_size=2, vector_axis=1)).finalize(weights, ())
+    except ValueError as error:
+        assert "vector_size=2" in str(error)  # noqa: PT017
+    else:
+        assert (small.vector_size, small.vector_axis) == (2, 1)
