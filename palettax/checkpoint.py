@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from palettax._paths import leaf_name
+from palettax._paths import leaf_name, leaf_names
 from palettax._typing import Tree
 from palettax.leaf import PalettizedArray, is_palettized, pack, unpack
 
@@ -34,7 +34,7 @@ def save(path: str | os.PathLike[str], tree: Tree) -> None:
             Flax states) are written as the nested dict of their leaf paths.
 
     Raises:
-        ValueError: a leaf that is no array of numbers, or two leaves of one path.
+        ValueError: a leaf that is no array of numbers or breaks its invariants, or a dict key of another type.
 
     Example:
         >>> import os, tempfile, jax, palettax as px
@@ -44,15 +44,18 @@ def save(path: str | os.PathLike[str], tree: Tree) -> None:
         ...     px.load(os.path.join(folder, "small.safetensors"))["w"].nbits
         2
     """
-    leaves: dict[str, dict[str, Any]] = {}
+    leaves: list[dict[str, Any]] = []
     tensors: dict[str, np.ndarray] = {}
     structure = _describe(tree, (), leaves, tensors)
     header = {"format": FORMAT, "structure": json.dumps(structure), "leaves": json.dumps(leaves)}
     target = Path(path)
-    # A folder, not a temporary file: those are readable by their owner alone.
+    # Neither a temporary file nor what safetensors writes is readable by others, as any new file may be.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         fresh = Path(folder) / target.name
+        fresh.touch()
+        mode = fresh.stat().st_mode
         safetensors.numpy.save_file(tensors, fresh, metadata=header)
+        fresh.chmod(mode)
         os.replace(fresh, target)
 
 
@@ -93,14 +96,14 @@ def load(path: str | os.PathLike[str]) -> Tree:
         )
     try:
         return _rebuild(json.loads(header["structure"]), json.loads(header["leaves"]), tensors)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{os.fspath(path)!r} has a damaged header ({type(error).__name__}: {error}); write it again with px.save"
         ) from error
 
 
-def _describe(tree: Tree, path: tuple[Any, ...], leaves: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
-    """The JSON skeleton of a tree; fills the leaves' headers and tensors on the way."""
+def _describe(tree: Tree, path: tuple[Any, ...], leaves: list[dict[str, Any]], tensors: dict[str, np.ndarray]) -> Any:
+    """The JSON skeleton of a tree; fills the headers and the tensors of its leaves on the way."""
     if tree is None:
         return {"none": True}
     if type(tree) in (list, tuple):
@@ -112,33 +115,39 @@ def _describe(tree: Tree, path: tuple[Any, ...], leaves: dict[str, Any], tensors
         items = [[k, _describe(v, (*path, jax.tree_util.DictKey(k)), leaves, tensors)] for k, v in tree.items()]
         return {"dict": items}
     inside, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: is_palettized(x) or x is not tree)
-    if not is_palettized(tree) and not (len(inside) == 1 and inside[0][0] == ()):
-        children: dict[str, Any] = {}
-        for key, child in inside:
-            children[leaf_name(key)] = child
-        return _describe(children, path, leaves, tensors)
-    return {"leaf": _write_leaf(leaf_name(path), tree, leaves, tensors)}
+    if is_palettized(tree) or [key for key, _ in inside] == [()]:
+        return {"leaf": _write_leaf(leaf_name(path), tree, leaves, tensors)}
+    children = dict(zip(leaf_names([key for key, _ in inside]), [child for _, child in inside], strict=True))
+    if len(children) < len(inside):
+        raise ValueError(f"two fields under '{leaf_name(path)}' have one name; rename one")
+    return _describe(children, path, leaves, tensors)
 
 
-def _write_leaf(name: str, leaf: Any, leaves: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
-    if name in leaves:
-        raise ValueError(f"two leaves have the path '{name}'; rename one")
+def _write_leaf(name: str, leaf: Any, leaves: list[dict[str, Any]], tensors: dict[str, np.ndarray]) -> int:
+    """Add the parts of a leaf to the tensors and its header to the headers; returns its number."""
     if is_palettized(leaf):
-        leaves[name] = {
-            "nbits": leaf.nbits,
-            "shape": list(leaf.indices.shape),
-            "vector_axis": leaf.vector_axis,
-            "dtype": str(np.dtype(leaf.dtype)),
-        }
-        parts = {f"{name}#lut": leaf.lut, f"{name}#indices": pack(np.asarray(leaf.indices), leaf.nbits)}
-        parts |= {} if leaf.scale is None else {f"{name}#scale": leaf.scale}
+        try:
+            leaf.validate()
+        except ValueError as error:
+            raise ValueError(f"leaf '{name}': {error}") from error
+        parts = {"lut": leaf.lut, "indices": pack(np.asarray(leaf.indices), leaf.nbits)}
+        parts |= {} if leaf.scale is None else {"scale": leaf.scale}
+        header = {"nbits": leaf.nbits, "shape": list(leaf.indices.shape), "vector_axis": leaf.vector_axis}
     else:
-        parts = {name: leaf}
-        leaves[name] = {"dtype": str(np.asarray(leaf).dtype.newbyteorder("="))}
+        parts, header = {"": leaf}, {}
+    keys = {}
     for part, array in parts.items():
-        if part in tensors:
-            raise ValueError(f"leaf '{part}' has the name of a part of a palettized leaf; rename it")
-        tensors[part] = _carry(part, np.asarray(array))
+        keys[part] = _free_key(f"{name}#{part}" if part else name, tensors)
+        tensors[keys[part]] = _carry(name, np.asarray(array))
+    dtype = leaf.dtype if is_palettized(leaf) else np.asarray(leaf).dtype
+    leaves.append(header | {"dtype": str(np.dtype(dtype).newbyteorder("=")), "tensors": keys})
+    return len(leaves) - 1
+
+
+def _free_key(name: str, tensors: dict[str, np.ndarray]) -> str:
+    """The name, with a mark behind it when it is taken: by another leaf, or by safetensors itself."""
+    while name in tensors or name == "__metadata__":
+        name += "'"
     return name
 
 
@@ -152,7 +161,7 @@ def _carry(name: str, array: np.ndarray) -> np.ndarray:
     return array.view(_CARRIERS[array.dtype.itemsize]) if array.dtype.kind == "V" else array
 
 
-def _rebuild(node: Any, leaves: dict[str, Any], tensors: dict[str, np.ndarray]) -> Tree:
+def _rebuild(node: Any, leaves: list[dict[str, Any]], tensors: dict[str, np.ndarray]) -> Tree:
     ((kind, content),) = node.items()
     if kind == "none":
         return None
@@ -161,18 +170,18 @@ def _rebuild(node: Any, leaves: dict[str, Any], tensors: dict[str, np.ndarray]) 
     if kind in ("list", "tuple"):
         items = [_rebuild(v, leaves, tensors) for v in content]
         return items if kind == "list" else tuple(items)
-    return _read_leaf(content, leaves[content], tensors)
+    return _read_leaf(leaves[content], tensors)
 
 
-def _read_leaf(name: str, header: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
+def _read_leaf(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> Any:
     dtype = jnp.dtype(header["dtype"])
+    parts = {part: tensors[key] for part, key in header["tensors"].items()}
     if "nbits" not in header:
-        return tensors[name].view(dtype)
-    scale = tensors.get(f"{name}#scale")
+        return parts[""].view(dtype)
     return PalettizedArray(
-        tensors[f"{name}#lut"].view(dtype),
-        unpack(tensors[f"{name}#indices"], header["nbits"], tuple(header["shape"])),
-        None if scale is None else scale.view(dtype),
+        parts["lut"].view(dtype),
+        unpack(parts["indices"], header["nbits"], tuple(header["shape"])),
+        parts["scale"].view(dtype) if "scale" in parts else None,
         nbits=header["nbits"],
         vector_axis=header["vector_axis"],
     ).validate()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palettax._typing import Tree
+from palettax._typing import Tree, is_traced
 from palettax.leaf import is_palettized
 from palettax.transforms import PaletteTransformation, masked
 
@@ -54,6 +54,8 @@ def palettize(
     def eligible(leaf: Any) -> bool:
         if is_palettized(leaf) or not hasattr(leaf, "size") or leaf.size <= weight_threshold:
             return False
+        if nonfinite == "keep" and is_traced(leaf):
+            raise ValueError('nonfinite="keep" looks at values, which are unknown under jit; use "raise"')
         return nonfinite == "raise" or count_nonfinite(leaf) == 0
 
     inner = masked(transform, jax.tree.map(eligible, params, is_leaf=is_palettized))

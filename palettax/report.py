@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palettax._paths import leaf_name
+from palettax._paths import leaf_names
 from palettax._typing import Tree
 from palettax.clustering.histogram import histogram
 from palettax.leaf import PalettizedArray, is_palettized, nbytes
@@ -96,10 +96,9 @@ def report(params: Tree, palettized: Tree, *, weight_threshold: int = WEIGHT_THR
         after = treedef.flatten_up_to(palettized)
     except ValueError as error:
         raise ValueError(f"params and palettized are different trees: {error}") from error
-    return Report({
-        leaf_name(path): _leaf_report(before, now, weight_threshold)
-        for (path, before), now in zip(paths, after, strict=True)
-    })  # fmt: skip
+    names = leaf_names([path for path, _ in paths])
+    rows = zip(names, paths, after, strict=True)
+    return Report({name: _leaf_report(before, now, weight_threshold) for name, (_, before), now in rows})
 
 
 def _leaf_report(before: object, now: object, weight_threshold: int) -> LeafReport:

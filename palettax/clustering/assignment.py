@@ -41,9 +41,11 @@ def lookup(lut: Float[Array, "*lut"], indices: UInt8[Array, "*shape"]) -> Float[
 
 @float64_stays
 def assign(weights: Float[Array, "*shape"], lut: Float[Array, "*lut"]) -> UInt8[Array, ...]:
-    """The nearest lut entry of every weight: `argmin_j |weight - lut[j]|`, the lowest j on ties.
+    """The nearest lut entry of every weight: `argmin_j |weight - lut[j]|`.
 
-    Exact: a weight on either side of the true midpoint of two entries goes to that side, however the midpoint rounds.
+    Exact for scalars: a weight on either side of the true midpoint of two entries goes to that side, however the
+    midpoint rounds; on it, to the smaller entry, and of equal entries to the one of lowest index. XLA takes subnormal
+    numbers for 0.
 
     Args:
         weights: (*shape), any float dtype. NaN goes to some entry.
@@ -63,7 +65,8 @@ def assign(weights: Float[Array, "*shape"], lut: Float[Array, "*lut"]) -> UInt8[
     if lut.shape[0] > 256:
         raise ValueError(f"lut has {lut.shape[0]} entries; an index is one byte, so at most 256")
     dtype = jnp.promote_types(jnp.promote_types(weights.dtype, lut.dtype), jnp.float32)
-    weights, lut = jnp.asarray(weights, dtype), jnp.asarray(lut, dtype)
+    # Indices are constants to differentiation, and not every step to them has a derivative.
+    weights, lut = (jax.lax.stop_gradient(jnp.asarray(a, dtype)) for a in (weights, lut))
     if lut.ndim == 2:
         return _nearest_vectors(vectors_of(weights, lut.shape[1]), lut)
     order = jnp.argsort(lut)

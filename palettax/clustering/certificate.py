@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from palettax._typing import Array, is_traced
 from palettax.clustering.assignment import host_assign
-from palettax.clustering.checks import check_finite, check_sensitivity, check_weights, float64_stays, lut_dtype
-from palettax.clustering.exact import exact_clusters
-from palettax.clustering.histogram import histogram
+from palettax.clustering.checks import FLOATS, as_host, check_finite, check_sensitivity, check_weights, lut_dtype
+from palettax.clustering.exact import exact_clusters, power_of_two
+from palettax.clustering.histogram import all_finite, is_mass, weighted_points
 from palettax.clustering.host import host_call
 
 
-@float64_stays
 def certify(
     weights: Float[Array, "*shape"],
     lut: Float[Array, " k"],
@@ -26,9 +24,9 @@ def certify(
 
     certify = inertia(lut) / bound - 1,   bound ≤ min over every lut of k values of Σ sensitivity · (w - nearest)²
 
-    The bound is the Lagrangian dual of the clustering problem: it holds whatever made the lut. An entry equal to the
-    mean of its cell rounded to the lut's dtype counts as that mean, so storing a table in float16 is not held against
-    the clustering.
+    The bound is the Lagrangian dual of the clustering problem: it holds whatever made the lut. An entry that is the
+    mean of its cell rounded to float32 (for a float64 lut, to float64) counts as that mean: what the last bit costs is
+    not held against a clustering. A table rounded to 16 bits pays for it.
 
     Args:
         weights: (*shape), any float dtype, finite.
@@ -56,12 +54,13 @@ def certify(
     check_weights(weights)
     check_finite(weights)
     check_sensitivity(sensitivity, weights)
-    if lut.ndim != 1 or not 1 <= lut.size <= 256 or not jnp.issubdtype(lut.dtype, jnp.floating):
-        raise ValueError(f"lut is {lut.dtype}{tuple(lut.shape)}; certify takes one row of 1 to 256 floats")
+    found = f"{lut.dtype}{tuple(lut.shape)}" if hasattr(lut, "dtype") else type(lut).__name__
+    if not hasattr(lut, "dtype") or lut.ndim != 1 or not 1 <= lut.size <= 256 or lut.dtype not in FLOATS:
+        raise ValueError(f"lut is {found}; certify takes one row of 1 to 256 floats")
     check_finite(lut)
     args = [weights, lut] if sensitivity is None else [weights, sensitivity, lut]
     result = [jax.ShapeDtypeStruct((), lut_dtype(weights))]
-    (excess,) = host_call(_certify, result, *(a.reshape(-1) for a in args))
+    (excess,) = host_call(_certify, result, *(as_host(a).reshape(-1) for a in args))
     return excess if is_traced(excess) else float(excess)
 
 
@@ -75,24 +74,24 @@ def _certify(*arrays: np.ndarray) -> None:
 
 
 def _excess(weights: np.ndarray, sensitivity: np.ndarray | None, lut: np.ndarray) -> float:
-    if not (np.isfinite(weights).all() and np.isfinite(lut).all()):
+    if not (all_finite(weights) and np.isfinite(lut).all() and (sensitivity is None or is_mass(sensitivity))):
         return np.nan
-    if sensitivity is not None and not sensitivity.any():
-        sensitivity = None
-    values, mass = histogram(np.ascontiguousarray(weights), sensitivity)
+    (values, mass), _ = weighted_points(np.ascontiguousarray(weights), sensitivity)
     values, mass = values[mass > 0], mass[mass > 0]
-    inertia = _inertia(values, mass, np.sort(lut.astype(np.float64)), lut.dtype)
-    if values.size <= lut.size:
-        return 0.0 if inertia == 0 else np.inf
-    return max(inertia / exact_clusters(values, mass, lut.size).bound - 1, 0.0)
+    inertia = _inertia(values, mass, np.sort(lut.astype(np.float64)), np.promote_types(lut.dtype, np.float32))
+    if inertia == 0:
+        return 0.0
+    bound = exact_clusters(values / power_of_two(values), mass, lut.size).bound if values.size > lut.size else 0.0
+    return max(inertia / bound - 1, 0.0) if bound > 0 else np.inf
 
 
 def _inertia(values: np.ndarray, mass: np.ndarray, lut: np.ndarray, dtype: np.dtype) -> float:
-    """Σ mass · (value - nearest entry)², an entry that is its cell's rounded mean counting as the mean itself."""
+    """Σ mass · (value - nearest entry)², values in units of the largest; a cell's rounded mean counts as the mean."""
     slots = np.empty(values.size, np.uint8)
     host_assign(values, lut, slots)
-    centre = np.bincount(slots, mass, lut.size)
-    with np.errstate(invalid="ignore"):
+    weight = np.bincount(slots, mass, lut.size)
+    with np.errstate(invalid="ignore", over="ignore"):
         # A correction to the entry, not a mean from scratch: exact where the cell holds one value.
-        mean = lut + np.bincount(slots, mass * (values - lut[slots]), lut.size) / centre
-    return float(mass @ (values - np.where(mean.astype(dtype) == lut, mean, lut)[slots]) ** 2)
+        mean = lut + np.bincount(slots, mass * (values - lut[slots]), lut.size) / weight
+        centre = np.where(mean.astype(dtype) == lut, mean, lut)[slots]
+    return float(mass @ ((values - centre) / power_of_two(values)) ** 2)

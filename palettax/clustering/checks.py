@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ import numpy as np
 from palettax._typing import NBITS, Array, is_traced
 from palettax.clustering.histogram import all_finite
 
+FLOATS = [np.dtype(t) for t in (np.float16, jnp.bfloat16, np.float32, np.float64)]
+Method = Literal["exact", "lloyd"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -28,8 +30,23 @@ def check_weights(weights: Any) -> None:
         raise ValueError(f"weights are a {type(weights).__name__}; pass a NumPy or JAX array")
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise ValueError(f"weights are {weights.dtype}; only floats have a palette: cast them or leave them out")
+    if weights.dtype not in FLOATS:
+        raise ValueError(
+            f"weights are {weights.dtype}; cast them to float16, bfloat16, float32 or float64 of this machine"
+        )
     if weights.size == 0:
         raise ValueError(f"weights {weights.shape} are empty; there is nothing to cluster: leave them out")
+
+
+def check_method(method: str) -> None:
+    """Refuse a way to cluster that there is not."""
+    if method not in get_args(Method):
+        raise ValueError(f'method={method!r}; choose "exact" or "lloyd"')
+
+
+def as_host(array: Array) -> Array:
+    """A concrete array, sharded ones included, as NumPy's; a traced one as it is."""
+    return array if is_traced(array) else np.asarray(array)
 
 
 def check_finite(weights: Array) -> None:
@@ -53,6 +70,8 @@ def check_sensitivity(sensitivity: Array | None, weights: Array) -> None:
     if not hasattr(sensitivity, "shape") or tuple(sensitivity.shape) != tuple(weights.shape):
         found = getattr(sensitivity, "shape", type(sensitivity).__name__)
         raise ValueError(f"sensitivity is {found} and weights are {weights.shape}; give one number per weight")
+    if jnp.issubdtype(sensitivity.dtype, jnp.complexfloating):
+        raise ValueError(f"sensitivity is {sensitivity.dtype}; it weighs squared errors: give real numbers")
     if is_traced(sensitivity):
         return
     values = np.asarray(sensitivity, np.float64)
@@ -85,12 +104,11 @@ def float64_stays(function: F) -> F:
 
     @functools.wraps(function)
     def wide(*args: Any, **kwargs: Any) -> Any:
-        arrays = [*args, *kwargs.values()]
-        if jax.config.read("jax_enable_x64") or not any(
-            isinstance(a, np.ndarray) and a.dtype == np.float64 for a in arrays
-        ):
+        given = [*args, *kwargs.values()]
+        found = any(isinstance(a, np.ndarray) and a.dtype == np.float64 for a in given)
+        if not found or any(map(is_traced, given)) or jax.config.read("jax_enable_x64"):
             return function(*args, **kwargs)
         with jax.enable_x64(True):
-            return jax.tree.map(np.asarray, function(*args, **kwargs))
+            return jax.tree.map(lambda a: a if is_traced(a) else np.asarray(a), function(*args, **kwargs))
 
     return wide  # type: ignore[return-value]

@@ -37,7 +37,7 @@ class Clustering(NamedTuple):
     Attributes:
         centroids: (k,) float64, ascending: the weighted means.
         cost: the inertia.
-        bound: a lower bound on the inertia of every clustering into k; equal to `cost` up to rounding.
+        bound: a lower bound on the inertia of every clustering into k; below `cost` by rounding only.
         probes: how many penalties were tried.
     """
 
@@ -105,12 +105,6 @@ def _between(sums, i, j, column):
 
 @kernel
 @no_type_check
-def _mean(sums, i, j):
-    return _between(sums, i, j, 2)[0] / _between(sums, i, j, 0)[0]
-
-
-@kernel
-@no_type_check
 def _link_cost(sums, i, j):
     """Squared error of the points i..j-1 about their mean m: (Q - m S) - m r - r²/W with the residue r = S - m W."""
     mass, mass_low = _between(sums, i, j, 0)
@@ -156,10 +150,11 @@ def _shortest_path(sums, penalty, cost, parent, heads, starts):
                     break
                 back -= 1
                 continue
-            # j loses at `low`: gallop, then bisect, to the first end where it wins.
+            # j loses at `low`: gallop, then bisect, to the first end where it does not. At far ends, long links dwarf
+            # what tells the two apart; a tie there must not hide that j wins nearby.
             step = 1
             high = min(low + step, n)
-            while high > low and not cost[j] + _link_cost(sums, j, high) < cost[rival] + _link_cost(sums, rival, high):
+            while high > low and cost[j] + _link_cost(sums, j, high) > cost[rival] + _link_cost(sums, rival, high):
                 low = high
                 step *= 2
                 high = min(low + step, n)
@@ -167,7 +162,7 @@ def _shortest_path(sums, penalty, cost, parent, heads, starts):
                 break
             while low + 1 < high:
                 middle = (low + high) // 2
-                if cost[j] + _link_cost(sums, j, middle) < cost[rival] + _link_cost(sums, rival, middle):
+                if cost[j] + _link_cost(sums, j, middle) <= cost[rival] + _link_cost(sums, rival, middle):
                     high = middle
                 else:
                     low = middle
@@ -248,12 +243,14 @@ def _search(values, mass, sums, k):
     bound = 0.0
     for probe in range(1, MAX_PROBES + 1):
         value, links = _shortest_path(sums, penalty, cost, parent, heads, starts)
-        bound = max(bound, value - penalty * k)
+        # What rounding may have added: an ulp of the path's value a link, and what n double-double additions lose.
+        slack = links * (2.0**-52 * value + (n + 16) * 2.0**-105 * sums[n, 4])
+        bound = max(bound, value - penalty * k - slack)
         chord = (short_cost - long_cost) / (long.shape[0] - short.shape[0])
         if links == k:
             path = _walk(parent, links)
             inertia = _path_cost(sums, path)
-            if penalty <= 100.0 * inertia:
+            if penalty <= 4.0 * inertia:
                 return path, bound, probe
             # The same path is optimal down to C(k) - C(k+1), and beside a far larger penalty its cost would drown.
             penalty = inertia
@@ -282,37 +279,46 @@ def _search(values, mass, sums, k):
 
 @kernel
 @no_type_check
-def _solve(values, mass, k):
-    sums = _prefix_sums(values, mass)
-    boundaries, bound, probes = _search(values, mass, sums, k)
+def _centroids(values, mass, boundaries):
+    """The weighted mean of every interval, and their squared errors in all, from the points themselves."""
+    k = boundaries.shape[0] - 1
     centroids = np.empty(k)
+    total = 0.0
     for a in range(k):
-        centroids[a] = _mean(sums, boundaries[a], boundaries[a + 1])
-    return centroids, _path_cost(sums, boundaries), bound, probes
+        origin = values[boundaries[a]]
+        weight, offset = 0.0, 0.0
+        for i in range(boundaries[a], boundaries[a + 1]):
+            weight += mass[i]
+            offset += mass[i] * (values[i] - origin)
+        centroids[a] = origin + offset / weight
+        for i in range(boundaries[a], boundaries[a + 1]):
+            total += mass[i] * (values[i] - centroids[a]) ** 2
+    return centroids, total
 
 
 @kernel
 @no_type_check
-def partition_cost(values, mass, boundaries):
-    """Σ over intervals of the squared error about their means; an empty interval costs nothing."""
+def _solve(values, mass, k):
     sums = _prefix_sums(values, mass)
-    return _path_cost(sums, boundaries)
+    boundaries, bound, probes = _search(values, mass, sums, k)
+    centroids, cost = _centroids(values, mass, boundaries)
+    return centroids, cost, bound, probes
 
 
 def power_of_two(values: np.ndarray) -> float:
-    """A power of two no smaller than any magnitude: dividing by it is exact, and squares then stay in range."""
-    return float(2.0 ** np.frexp(np.abs(values).max())[1])
+    """A power of two within a factor two of the largest magnitude: division is exact and keeps squares in range."""
+    return float(2.0 ** (np.frexp(np.abs(values).max())[1] - 1))
 
 
 def exact_clusters(values: np.ndarray, mass: np.ndarray, k: int) -> Clustering:
-    """The optimal clustering of weighted points on a line into k intervals, to about 1e-30 of Σ mass · value².
+    """The optimal clustering of weighted points on a line into k intervals.
+
+    Optimal to rounding while squared errors stay above 1e-28 of Σ mass · value²; `bound` is lowered by what rounding
+    may have added to it, so that it holds beyond that too.
 
     Args:
-        values: (n,) float64, strictly ascending, finite; n > k.
-        mass: (n,) float64, positive.
-        k: the number of clusters, at least 1.
+        values: (n,) float64, strictly ascending, finite, of magnitude at most 2.
+        mass: (n,) float64, positive, at most 2.
+        k: the number of clusters, at least 1; n > k.
     """
-    unit, heaviest = power_of_two(values), power_of_two(mass)
-    centroids, cost, bound, probes = _solve(values / unit, mass / heaviest, k)
-    # Factor by factor: beyond the range of a double the product is infinite, where a power would be an error.
-    return Clustering(centroids * unit, cost * unit * unit * heaviest, bound * unit * unit * heaviest, probes)
+    return Clustering(*_solve(values, mass, k))

@@ -12,7 +12,7 @@ from typing import NamedTuple, no_type_check
 
 import numpy as np
 
-from palettax.clustering.exact import kernel
+from palettax.clustering.exact import kernel, power_of_two
 
 PATTERNS = 65536
 
@@ -47,6 +47,26 @@ def histogram(weights: np.ndarray, sensitivity: np.ndarray | None) -> Histogram:
         return Histogram(*_merge_equal(np.sort(weights).astype(np.float64), ones))
     order = np.argsort(weights, kind="stable")
     return Histogram(*_merge_equal(weights[order].astype(np.float64), sensitivity[order].astype(np.float64)))
+
+
+def weighted_points(weights: np.ndarray, sensitivity: np.ndarray | None) -> tuple[Histogram, float]:
+    """The histogram with masses brought to at most about one, and the power of two that they were divided by.
+
+    A sensitivity that is zero everywhere counts as one everywhere.
+    """
+    unit = 1.0
+    if sensitivity is not None:
+        sensitivity = sensitivity.astype(np.float64)
+        unit = power_of_two(sensitivity) if sensitivity.any() else 0.0
+        sensitivity = sensitivity / unit if unit else None
+    values, mass = histogram(weights, sensitivity)
+    heaviest = power_of_two(mass)
+    return Histogram(values, mass / heaviest), heaviest * (unit or 1.0)
+
+
+def is_mass(sensitivity: np.ndarray) -> bool:
+    """Whether every entry is a finite number ≥ 0."""
+    return bool((sensitivity >= 0).all() and np.isfinite(sensitivity).all())
 
 
 @cache

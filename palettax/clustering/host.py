@@ -31,10 +31,12 @@ def host_call(function: HostFunction, results: Sequence[jax.ShapeDtypeStruct], *
         args: inputs of one core axis, the last; the axes before it are batch axes and equal for all of them.
 
     Returns:
-        The outputs, batch axes first: NumPy arrays when every input was concrete, tracers otherwise.
+        The outputs, batch axes first: NumPy arrays when every input was concrete, tracers otherwise. They are constants
+        to differentiation.
     """
     if not any(is_traced(a) for a in args):
         return _call(function, results, *args)
+    args = tuple(map(jax.lax.stop_gradient, args))
     batched = [jax.ShapeDtypeStruct(args[0].shape[:-1] + r.shape, r.dtype) for r in results]
     custom_call = jax.ffi.ffi_call(_register(function), batched, vmap_method="broadcast_all")
     # Buffers on an accelerator are out of a CPU handler's reach; there the copy is made on threads of its own.

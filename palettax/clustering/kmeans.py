@@ -5,30 +5,30 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from palettax._typing import Array, PRNGKey
+from palettax._typing import Array, PRNGKey, is_traced
 from palettax.clustering.assignment import host_assign
 from palettax.clustering.checks import (
+    Method,
+    as_host,
     check_finite,
+    check_method,
     check_nbits,
     check_sensitivity,
     check_weights,
     float64_stays,
     lut_dtype,
 )
-from palettax.clustering.exact import exact_clusters
+from palettax.clustering.exact import exact_clusters, power_of_two
 from palettax.clustering.fit import LutFit
-from palettax.clustering.histogram import PATTERNS, Histogram, all_finite, finite_patterns, histogram, look_up_bits
+from palettax.clustering.histogram import PATTERNS, all_finite, finite_patterns, is_mass, look_up_bits, weighted_points
 from palettax.clustering.host import host_call
 from palettax.clustering.lloyd import lloyd
-
-Method = Literal["exact", "lloyd"]
 
 
 @float64_stays
@@ -51,6 +51,7 @@ def kmeans_lut(
 
     Weights with at most 2^nbits distinct values are reproduced exactly. A sensitivity of zero everywhere counts as one
     everywhere. Works under `jit` and `vmap`; values that can't be clustered then give `converged=False` and a NaN lut.
+    The lut is differentiable in the weights: an entry is the mean of its cell, and the cells stay as they are.
 
     Args:
         weights: (*shape), float16, bfloat16, float32 or float64, finite. NumPy float64 stays float64.
@@ -84,8 +85,8 @@ def kmeans_lut(
     check_sensitivity(sensitivity, weights)
     if vector_size != 1:
         raise ValueError(f"vector_size={vector_size}; only scalars (vector_size=1) can be clustered so far")
-    flat = weights.reshape(1, -1)
-    fit = kmeans_groups(flat, nbits, None if sensitivity is None else sensitivity.reshape(1, -1), method, max_steps)
+    mass = None if sensitivity is None else as_host(sensitivity).reshape(1, -1)
+    fit = kmeans_groups(as_host(weights).reshape(1, -1), nbits, mass, method, max_steps)
     fit = jax.tree.map(lambda a: jnp.asarray(a[0]), fit)
     return fit._replace(indices=fit.indices.reshape(weights.shape))
 
@@ -103,11 +104,11 @@ def kmeans_groups(
 
     `dtype` is what the exact solver's lut is rounded to, before indices are found; None for `lut_dtype(weights)`.
     """
-    n = weights.shape[1]
+    check_method(method)
     if method == "lloyd":
-        return _lloyd_groups(weights, sensitivity, 2**nbits, max_steps)
-    if method != "exact":
-        raise ValueError(f'method={method!r}; choose "exact" or "lloyd"')
+        fit = _lloyd_groups(jax.lax.stop_gradient(weights), jax.lax.stop_gradient(sensitivity), 2**nbits, max_steps)
+        return _with_gradient(fit, weights, sensitivity)
+    n = weights.shape[1]
     results = [
         jax.ShapeDtypeStruct((2**nbits,), dtype or lut_dtype(weights)),
         jax.ShapeDtypeStruct((n,), np.uint8),
@@ -116,7 +117,29 @@ def kmeans_groups(
         jax.ShapeDtypeStruct((), np.bool_),
     ]
     args = [weights] if sensitivity is None else [weights, sensitivity]
-    return LutFit(*host_call(_exact_kmeans, results, *args))
+    return _with_gradient(LutFit(*host_call(_exact_kmeans, results, *args)), weights, sensitivity)
+
+
+def _with_gradient(fit: LutFit, weights: Array, sensitivity: Array | None) -> LutFit:
+    """The fit, its lut differentiable in the weights: entries are the means of their cells, which stay as they are."""
+    if not is_traced(weights):
+        return fit
+    mass = jnp.ones_like(weights) if sensitivity is None else jnp.asarray(sensitivity, weights.dtype)
+    return fit._replace(lut=jax.vmap(_cell_means)(fit.lut, weights, jax.lax.stop_gradient(mass), fit.indices))
+
+
+@jax.custom_jvp
+def _cell_means(lut: Array, weights: Array, mass: Array, indices: Array) -> Array:
+    """`lut`, which is the mean of the weights of each cell."""
+    return lut
+
+
+@_cell_means.defjvp
+def _cell_means_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    lut, _, mass, indices = primals
+    total = jax.ops.segment_sum(mass, indices, lut.size)
+    moved = jax.ops.segment_sum(mass * tangents[1], indices, lut.size)
+    return lut, jnp.where(total > 0, moved / jnp.where(total > 0, total, 1), 0).astype(lut.dtype)
 
 
 @partial(jax.jit, static_argnums=(2, 3))
@@ -150,14 +173,13 @@ def _fit(
 ) -> tuple[float, int, bool]:
     """Fit one group: fills its lut and indices; returns inertia, probes and whether the optimum is proven."""
     weights = np.ascontiguousarray(weights)
-    if (sensitivity is not None and not (sensitivity >= 0).all()) or not all_finite(weights):
+    if not all_finite(weights) or not (sensitivity is None or is_mass(sensitivity)):
         lut[:], indices[:] = np.nan, 0
         return np.nan, 0, False
-    if sensitivity is not None and not sensitivity.any():
-        sensitivity = None
-    points = histogram(weights, sensitivity)
-    centroids, probes, proven = optimal_centroids(points, lut.size)
-    lut[:] = centroids
+    points, heaviest = weighted_points(weights, sensitivity)
+    unit = power_of_two(points.values)
+    centroids, probes, proven = optimal_centroids(points.values / unit, points.mass, lut.size)
+    lut[:] = centroids * unit
     entries = lut.astype(np.float64)
     if weights.dtype.itemsize == 2:
         patterns, values = finite_patterns(weights.dtype)
@@ -170,15 +192,14 @@ def _fit(
         host_assign(weights, entries, indices)
     slots = np.empty(points.values.size, np.uint8)
     host_assign(points.values, entries, slots)
-    return float(points.mass @ (points.values - entries[slots]) ** 2), probes, proven
+    return heaviest * float(points.mass @ (points.values - entries[slots]) ** 2), probes, proven
 
 
-def optimal_centroids(points: Histogram, k: int) -> tuple[np.ndarray, int, bool]:
+def optimal_centroids(values: np.ndarray, mass: np.ndarray, k: int) -> tuple[np.ndarray, int, bool]:
     """The k ascending values of least weighted squared error; too few distinct points repeat the last."""
-    values, mass = points
     if values.size > k:
         values, mass = values[mass > 0], mass[mass > 0]
     if values.size <= k:
         return np.pad(values, (0, k - values.size), mode="edge"), 0, True
     found = exact_clusters(values, mass, k)
-    return found.centroids, found.probes, found.cost - found.bound <= 1e-10 * found.cost
+    return found.centroids, found.probes, found.cost - found.bound <= 1e-9 * found.cost

@@ -29,9 +29,9 @@ def uniform_lut(weights: Float[Array, "*shape"], nbits: int) -> LutFit:
 
     Example:
         >>> import numpy as np, palettax as px
-        >>> fit = px.uniform_lut(np.array([0.11, 0.19, 0.3, 0.08, 0.0, 0.02], np.float32), nbits=2)
+        >>> fit = px.uniform_lut(np.array([0.0, 0.2, 0.6, 0.75], np.float32), nbits=2)
         >>> print(fit.lut, fit.indices)
-        [0.         0.1        0.2        0.3       ] [1 2 3 1 0 0]
+        [0.   0.25 0.5  0.75] [0 1 2 3]
     """
     check_weights(weights)
     check_nbits(nbits)

@@ -52,23 +52,28 @@ class Audit:
     Attributes:
         leaves: per palettized weight, by name.
         dense: shape and dtype of every float constant of 10 elements or more that is not part of a table, by the
-            name of its leaf where there is one, else of its op.
+            name of its leaf where there is one, else of its op. They are listed, not compared.
+        unasked: tables in the package that stand for none of the weights.
     """
 
     leaves: dict[str, LeafAudit]
     dense: dict[str, tuple[tuple[int, ...], str]]
+    unasked: tuple[str, ...] = ()
 
     @property
     def identical(self) -> bool:
-        """Whether every palettized weight is in the package, bit for bit."""
-        return all(leaf.identical for leaf in self.leaves.values())
+        """Whether there are palettized weights and each is in the package, bit for bit, in every function."""
+        found = tuple(f".{leaf.found}" for leaf in self.leaves.values())
+        differs_elsewhere = any(name.endswith(found) for name in self.unasked)
+        return bool(self.leaves) and not differs_elsewhere and all(leaf.identical for leaf in self.leaves.values())
 
     def __str__(self) -> str:
         rows = [("leaf", "lut", "indices", "scale", "dtype"), *(_row(name, leaf) for name, leaf in self.leaves.items())]
         rows += [(name, "dense", "x".join(map(str, shape)), "", dtype) for name, (shape, dtype) in self.dense.items()]
+        rows += [(name, "not asked for", "", "", "") for name in self.unasked]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        verdict = "identical" if self.identical else "NOT identical"
+        verdict = "identical" if self.identical else "NOT identical" if self.leaves else "nothing to compare"
         return "\n".join([*lines, f"{len(self.leaves)} palettized: {verdict}; {len(self.dense)} dense"])
 
 
@@ -90,7 +95,8 @@ def audit(mlmodel: ct.models.MLModel | str | Path, palettized: Mapping[str, Any]
     leaves = flatten_names(palettized)
     compared = {name: _compare(name, leaf, palettes) for name, leaf in leaves.items() if is_palettized(leaf)}
     known = {op: name for name in leaves for op in _ops_of(name)}
-    return Audit(compared, {known.get(op, op): found for op, found in _dense(mlmodel).items()})
+    unasked = tuple(sorted(palettes.keys() - {leaf.found for leaf in compared.values()}))
+    return Audit(compared, {known.get(op, op): found for op, found in _dense(mlmodel).items()}, unasked)
 
 
 def _ops_of(name: str) -> tuple[str, ...]:

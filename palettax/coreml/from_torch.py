@@ -131,7 +131,7 @@ def _convert(
     # Tied leaves are one constant: the first of them stands for all.
     first = {id(tensors[name]): name for name in reversed(leaves)}
     leaf_of = {const: first[id(tensors[name])] for const, name in captured.names.items() if id(tensors[name]) in first}
-    tables = Tables(leaves, leaf_of)
+    tables = Tables(leaves, leaf_of, half=options["compute_precision"] is not ct.precision.FLOAT32)
     pipeline: Any = copy.deepcopy(options.get("pass_pipeline") or ct.PassPipeline.DEFAULT)
     pipeline.insert_pass(0, PASS_NAME)
     pipeline.set_options(PASS_NAME, {"tables": tables})

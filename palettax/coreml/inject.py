@@ -29,11 +29,13 @@ class Tables:
     Attributes:
         leaves: the palettized weights by name.
         leaf_of: the leaf that each constant holds, by the names of the two.
+        half: the program will compute in float16.
         op_names: filled by the pass, the op that it made of each leaf.
     """
 
     leaves: dict[str, PalettizedArray]
     leaf_of: dict[str, str]
+    half: bool
     op_names: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -61,7 +63,8 @@ def _inject(block: Any, tables: Tables) -> None:
             leaf = leaf_of[op.name]
             tables.op_names[leaf] = _free(op_name(leaf), taken)
             taken.add(tables.op_names[leaf])
-            _replace(block, op, tables.leaves[leaf], tables.op_names[leaf])
+            small = tables.leaves[leaf]
+            _replace(block, op, _flushed(small) if tables.half else small, tables.op_names[leaf])
 
 
 def _is_ours(op: Op, tables: Tables) -> bool:
@@ -80,6 +83,14 @@ def _holds(op: Op, leaf: PalettizedArray) -> bool:
     """Whether the constant is that weight, so that a name alone decides nothing."""
     value = op.outputs[0].val
     return isinstance(value, np.ndarray) and np.array_equal(value, np.asarray(leaf.depalettize()))
+
+
+def _flushed(leaf: PalettizedArray) -> PalettizedArray:
+    """The leaf without entries that float16 rounds to zero: coremltools would raise those to its smallest number."""
+    lut = np.asarray(leaf.lut)
+    with np.errstate(over="ignore"):
+        half = lut.astype(np.float16)
+    return dataclasses.replace(leaf, lut=np.where(half == 0, half.astype(lut.dtype), lut))
 
 
 def _replace(block: Block, op: Op, leaf: PalettizedArray, name: str) -> None:

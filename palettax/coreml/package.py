@@ -16,7 +16,7 @@ Op = Any
 """An op of coremltools, which has its inputs as attributes that no type declares."""
 
 METADATA_KEY = "palettax.leaves"
-_SUFFIXES = re.compile(r"(_cast_fp16|_to_fp16|_palettized)+$")
+_SUFFIXES = re.compile(r"(_cast_fp16|_to_fp16|_palettized|_pcs)+$")
 
 
 def open_model(mlmodel: ct.models.MLModel | str | Path) -> ct.models.MLModel:

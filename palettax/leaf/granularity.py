@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 from jaxtyping import Shaped
 
 from palettax._typing import Array
@@ -36,8 +37,12 @@ class Granularity:
     def __post_init__(self) -> None:
         for name in ("group_size", "vector_size"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is None and name == "group_size":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"{name}={value!r}; it must be a positive integer")
+        if isinstance(self.channel_axis, bool) or not isinstance(self.channel_axis, int | np.integer):
+            raise ValueError(f"channel_axis={self.channel_axis!r}; it must be the number of an axis")
 
     def groups(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Tables per axis for a weight of this shape.

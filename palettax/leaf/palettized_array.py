@@ -95,7 +95,7 @@ class PalettizedArray:
     @property
     def bits_per_weight(self) -> float:
         """8·nbytes / size: what a weight costs, tables and scales included."""
-        return 8 * self.nbytes / self.size
+        return 8 * self.nbytes / max(self.size, 1)
 
     def validate(self) -> PalettizedArray:
         """Check the invariants of the class.
@@ -106,10 +106,10 @@ class PalettizedArray:
         Raises:
             ValueError: naming the invariant that does not hold and what was found.
         """
+        if self.nbits not in NBITS:
+            raise ValueError(f"nbits={self.nbits!r}; Core ML holds {NBITS}")
         lut, indices, k = self.lut, self.indices, 2**self.nbits
         rank = len(indices.shape)
-        if self.nbits not in NBITS:
-            raise ValueError(f"nbits={self.nbits}; Core ML holds {NBITS}")
         if len(lut.shape) != rank + 2:
             raise ValueError(
                 f"lut {lut.shape} must have the rank of indices {indices.shape} plus 2: (*groups, k, vector)"

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from palettax._paths import leaf_names
 from palettax._typing import Tree
 from palettax.leaf import is_palettized
 from palettax.torch.names import nearest, owner_and_attribute
@@ -89,16 +90,9 @@ def to_flax(params: Mapping[str, Any], like: Tree, *, flattened: Flattened | Non
 
 def _with_names(tree: Tree) -> list[tuple[str, Any]]:
     """The leaves of a tree with their dotted names."""
-    return [
-        (_dotted(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_palettized)[0]
-    ]
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    """A key path as a dotted name, without the `value` in which an nnx variable keeps its array."""
-    if path and getattr(path[-1], "name", None) == "value":
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_palettized)[0]
+    names = leaf_names([path for path, _ in leaves], separator=".")
+    return list(zip(names, [leaf for _, leaf in leaves], strict=True))
 
 
 def _torch_name(name: str, rank: int) -> str:

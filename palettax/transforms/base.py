@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from palettax._paths import leaf_name
+from palettax._paths import leaf_names
 from palettax._typing import Tree
 from palettax.leaf import depalettize, is_palettized
 
@@ -74,14 +74,15 @@ def map_leaves(function: Callable[..., Any], params: Tree, *rest: Tree | None) -
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_node)
     columns = [[None] * len(paths) if tree is None else aligned(treedef, tree, "sensitivity") for tree in rest]
+    names = leaf_names([path for path, _ in paths])
     results = []
-    for (path, leaf), *others in zip(paths, *columns, strict=True):
+    for name, (_, leaf), *others in zip(names, paths, *columns, strict=True):
         try:
             results.append(leaf if isinstance(leaf, MaskedNode) else function(leaf, *others))
         except ValueError as error:
             shape = tuple(getattr(leaf, "shape", ()))
             dtype = getattr(leaf, "dtype", type(leaf).__name__)
-            raise ValueError(f"leaf '{leaf_name(path)}' {shape} {dtype}: {error}") from error
+            raise ValueError(f"leaf '{name}' {shape} {dtype}: {error}") from error
     return jax.tree.unflatten(treedef, results)
 
 

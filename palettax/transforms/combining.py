@@ -7,9 +7,9 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import jax
 
-from palettax._paths import leaf_name
+from palettax._paths import leaf_names
 from palettax._typing import Tree
-from palettax.leaf import depalettize
+from palettax.leaf import depalettize, is_palettized
 from palettax.transforms.base import MaskedNode, PaletteTransformation, aligned, identity, is_node
 
 
@@ -62,32 +62,45 @@ def masked(inner: PaletteTransformation, mask: Tree | Callable[[Tree], Tree]) ->
     """
 
     def select(params: Tree, tree: Tree | None, name: str = "sensitivity") -> Tree | None:
-        """`tree`, aligned with params, hiding what the mask rules out."""
-        if tree is None:
-            return None
-        treedef = jax.tree.structure(params, is_leaf=is_node)
-        keep = aligned(treedef, mask(depalettize(params)) if callable(mask) else mask, "mask")
-        leaves = zip(keep, aligned(treedef, tree, name), strict=True)
-        return jax.tree.unflatten(
-            treedef, [MaskedNode() if isinstance(k, MaskedNode) or not k else leaf for k, leaf in leaves]
-        )
-
-    def restore(params: Tree, inside: Tree) -> Tree:
-        return jax.tree.map(
-            lambda leaf, new: leaf if isinstance(new, MaskedNode) else new, params, inside, is_leaf=is_node
-        )
+        keep = mask(_shapes(params)) if callable(mask) else mask
+        return _hide(params, keep, tree, name)
 
     def init(params: Tree) -> Tree:
         return inner.init(select(params, params))
 
     def update(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> tuple[Tree, Tree]:
         new, state = inner.update(select(params, params), state, sensitivity=select(params, sensitivity))
-        return depalettize(restore(params, new)), state
+        return depalettize(_restore(params, new)), state
 
     def finalize(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> Tree:
-        return restore(params, inner.finalize(select(params, params), state, sensitivity=select(params, sensitivity)))
+        return _restore(params, inner.finalize(select(params, params), state, sensitivity=select(params, sensitivity)))
 
     return PaletteTransformation(init, update, finalize)
+
+
+def _shapes(params: Tree) -> Tree:
+    """Params with the shape and dtype in the place of each palettized leaf, for a mask to look at."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_palettized(leaf) else leaf,
+        params,
+        is_leaf=is_palettized,
+    )
+
+
+def _hide(params: Tree, keep: Tree, tree: Tree | None, name: str) -> Tree | None:
+    """`tree`, aligned with params, its leaves hidden where `keep` is false."""
+    if tree is None:
+        return None
+    treedef = jax.tree.structure(params, is_leaf=is_node)
+    leaves = zip(aligned(treedef, keep, "mask"), aligned(treedef, tree, name), strict=True)
+    return jax.tree.unflatten(
+        treedef, [MaskedNode() if isinstance(k, MaskedNode) or not k else leaf for k, leaf in leaves]
+    )
+
+
+def _restore(params: Tree, inside: Tree) -> Tree:
+    """What a transform made of the leaves it saw, beside the ones it did not."""
+    return jax.tree.map(lambda leaf, new: leaf if isinstance(new, MaskedNode) else new, params, inside, is_leaf=is_node)
 
 
 def partition(
@@ -142,12 +155,12 @@ def by_path(rules: Sequence[tuple[str, PaletteTransformation | None]]) -> Palett
         >>> small["embed"].nbits, small["head"].nbits, small["norm"].shape
         (8, 4, (64, 64))
     """
-    patterns = [re.compile(pattern) for pattern, _ in rules]
+    patterns = [_compiled(pattern) for pattern, _ in rules]
     unmatched = len(rules)
 
     def labels(params: Tree) -> Tree:
         paths, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_node)
-        names = [leaf_name(path) for path, _ in paths]
+        names = leaf_names([path for path, _ in paths])
         for pattern in patterns:
             if not any(map(pattern.search, names)):
                 shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
@@ -157,3 +170,10 @@ def by_path(rules: Sequence[tuple[str, PaletteTransformation | None]]) -> Palett
 
     transforms = {i: identity() if t is None else t for i, (_, t) in enumerate(rules)}
     return partition({**transforms, unmatched: identity()}, labels)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error

@@ -12,8 +12,17 @@ import numpy as np
 
 from palettax._typing import Array, is_traced
 from palettax.clustering import LutFit, assign, uniform_lut, unique_lut
-from palettax.clustering.checks import check_finite, check_nbits, check_sensitivity, check_weights, float64_stays
-from palettax.clustering.kmeans import Method, kmeans_groups
+from palettax.clustering.checks import (
+    Method,
+    as_host,
+    check_finite,
+    check_method,
+    check_nbits,
+    check_sensitivity,
+    check_weights,
+    float64_stays,
+)
+from palettax.clustering.kmeans import kmeans_groups
 from palettax.clustering.unique import nbits_for, smallest_nbits
 from palettax.leaf import PER_TENSOR, Granularity, PalettizedArray, depalettize, merge_blocks, split_blocks
 from palettax.transforms.base import PaletteTransformation, map_leaves
@@ -40,6 +49,7 @@ def kmeans(
         (4, 1, 16, 1)
     """
     check_nbits(nbits)
+    check_method(method)
     return _hard(lambda w, s: kmeans_groups(w, nbits, s, method, max_steps, dtype=np.dtype(w.dtype)), granularity)
 
 
@@ -120,6 +130,8 @@ def custom(
 
 def _custom_row(result: LutFit | tuple[Any, Any], weights: Array) -> LutFit:
     """One group's answer as a `LutFit` with an ascending lut."""
+    if not isinstance(result, tuple) or len(result) < 2:
+        raise ValueError(f"lut_function gave a {type(result).__name__}; give (lut, indices) or a LutFit")
     lut = jnp.asarray(result[0], weights.dtype)
     indices = jnp.asarray(result[1]).reshape(-1).astype(jnp.int32)
     if lut.ndim != 1 or not 1 <= lut.size <= 256:
@@ -147,8 +159,8 @@ def _hard(fit: GroupFit, granularity: Granularity, must_converge: bool = False) 
         check_finite(weights)
         check_sensitivity(sensitivity, weights)
         groups = granularity.groups(tuple(weights.shape))
-        rows = split_blocks(weights, groups)
-        result = fit(rows, None if sensitivity is None else split_blocks(sensitivity, groups))
+        rows = split_blocks(as_host(weights), groups)
+        result = fit(rows, None if sensitivity is None else split_blocks(as_host(sensitivity), groups))
         fits = result.converged.all() if must_converge else None
         return _assemble(result, rows, groups, tuple(weights.shape)), fits
 

@@ -162,6 +162,8 @@ ONE = np.ones(9, np.float32)
         (ONE, 4, {"sensitivity": -ONE}, "sensitivity has 9 negative"),
         (ONE, 4, {"sensitivity": ONE[:3]}, r"sensitivity is \(3,\) and weights are \(9,\)"),
         (ONE, 4, {"sensitivity": ONE * np.float32("nan")}, "9 NaN or infinite"),
+        (ONE.astype(">f4"), 4, {}, "weights are >f4; cast them to float16, bfloat16, float32 or float64"),
+        (ONE, 4, {"sensitivity": ONE * 1j}, "sensitivity is complex64"),
         (ONE, 4, {"method": "elbow"}, 'choose "exact" or "lloyd"'),
         (ONE, 4, {"vector_size": 2}, "vector_size=2"),
     ],

@@ -105,11 +105,7 @@ def test_a_convolutional_net(frontend, target, tmp_path):
     result = audit(_saved(mlmodel, tmp_path), leaves)
     assert result.identical
     assert {leaf.lut_dtype for leaf in result.leaves.values()} == {"float16"}
-    assert result.dense.keys() == {
-        f"{prefix}{name}"
-        for prefix in ("p_" if frontend == "export" else "",)
-        for name in ("dense1_bias", "dense2_bias")
-    }
+    assert result.dense.keys() == {"dense1.bias", "dense2.bias"}
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)

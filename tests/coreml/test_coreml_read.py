@@ -233,6 +233,7 @@ def test_every_function_of_a_program_is_read(tmp_path):
     assert list(palettes) == ["weight", "second.weight"]
     np.testing.assert_array_equal(palettes["weight"].indices, one.indices)
     np.testing.assert_array_equal(palettes["second.weight"].indices, two.indices)
+    assert not audit(tmp_path / "both.mlpackage", {"weight": one}).identical
 
 
 @pytest.mark.parametrize(
@@ -256,3 +257,21 @@ def test_state_dicts_of_coremltools_own_torch_palettizer(options):
     leaf = to_params(finished.state_dict())["0.weight"]
     assert isinstance(leaf, px.PalettizedArray)
     np.testing.assert_array_equal(leaf.depalettize(), finished[0].weight.detach().numpy())
+
+
+def test_audit_of_nothing_says_no(mlmodel, leaves):
+    assert not audit(mlmodel, {}).identical
+    assert not audit(mlmodel, {"dense1.bias": np.zeros(16, np.float32)}).identical
+    assert audit(mlmodel, {}).unasked == tuple(sorted(leaves))
+
+
+@pytest.mark.parametrize("target", ["iOS16", "iOS18"])
+def test_entries_that_float16_cannot_tell_from_zero(target):
+    """coremltools would raise them to its smallest number; palettax hands over the zero they round to."""
+    lut = np.array([-0.5, -1e-9, 1e-9, 0.25], np.float32).reshape(1, 1, 4, 1)
+    indices = np.random.default_rng(0).integers(0, 4, (12, 16)).astype(np.uint8)
+    leaf = px.PalettizedArray(lut, indices, nbits=2)
+    layer = torch.nn.Linear(16, 12)
+    mlmodel = from_torch(layer, torch.zeros(1, 16), {"weight": leaf}, minimum_deployment_target=target)
+    assert audit(mlmodel, {"weight": leaf}).identical
+    assert read_palettes(mlmodel)["weight"].lut.reshape(-1).tolist() == [-0.5, 0.0, 0.0, 0.25]
