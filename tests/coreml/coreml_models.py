@@ -1,37 +1,8 @@
-"""Small models, and palettized arrays built by hand."""
+"""Small models."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
-
-import palettax as px
-
-
-def random_leaf(
-    shape: tuple[int, ...],
-    nbits: int = 2,
-    *,
-    groups: tuple[int, ...] | None = None,
-    vector: tuple[int, int] | None = None,
-    scale: tuple[int, ...] | None = None,
-    dtype: Any = np.float32,
-    seed: int = 0,
-) -> px.PalettizedArray:
-    """Random tables and indices; `vector` is (axis, size)."""
-    random = np.random.default_rng(seed)
-    axis, size = vector or (None, 1)
-    indices_shape = [n // size if a == axis else n for a, n in enumerate(shape)]
-    tables = (*(groups or (1,) * len(shape)), 2**nbits, size)
-    return px.PalettizedArray(
-        (random.normal(size=tables) / 8).astype(dtype),
-        random.integers(0, 2**nbits, indices_shape).astype(np.uint8),
-        None if scale is None else random.uniform(0.5, 2, scale).astype(dtype),
-        nbits=nbits,
-        vector_axis=axis,
-    ).validate()
 
 
 class Mnist(torch.nn.Module):

@@ -9,9 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from coreml_models import Deconvolution, Mixed, Mnist, random_leaf
+from coreml_models import Deconvolution, Mixed, Mnist
 
 from palettax.coreml import audit, from_torch, read_palettes
+from tests.leaves import random_leaf
 
 FRONTENDS = ("export", "trace")
 FLOAT32 = ct.precision.FLOAT32

@@ -14,11 +14,11 @@ from flax import nnx
 from flax.core import FrozenDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch_leaves import assert_same, random_leaf
 
 import palettax as px
 from palettax.leaf import is_palettized
 from palettax.torch import from_flax, load_into, to_flax
+from tests.leaves import assert_same, random_leaf
 
 
 def _divisors(n):

@@ -7,9 +7,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch_leaves import assert_same, random_leaf
 
 from palettax.torch import load_into, to_params
+from tests.leaves import assert_same, random_leaf
 
 
 class Tied(torch.nn.Module):

@@ -10,11 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from torch_leaves import DTYPES, assert_same, assert_same_bits, random_leaf
 
 import palettax as px
 from palettax.torch import to_params, to_state_dict
 from palettax.torch.match import match_indices
+from tests.leaves import DTYPES, assert_same, assert_same_bits, random_leaf
 
 FORMS = {
     "tensor": dict(shape=(6, 8)),

@@ -26,12 +26,10 @@ def random_leaf(
     random = np.random.default_rng(seed)
     axis, size = vector or (None, 1)
     indices_shape = [n // size if a == axis else n for a, n in enumerate(shape)]
-    tables = (*(groups or (1,) * len(shape)), 2**nbits, size)
-    # Bit patterns of a positive range without repeats: no narrow dtype can make two of them one.
-    lut = np.stack([random.permutation(np.linspace(1, 2, 129)[: 2**nbits])] * size, -1) if nbits < 8 else None
-    if lut is None:
-        lut = np.stack([np.concatenate([np.linspace(1, 2, 129)[:128], -np.linspace(1, 2, 129)[:128]])] * size, -1)
-    lut = lut * 2.0 ** random.integers(-3, 3, (*tables[:-2], 1, 1))
+    # Values that even bfloat16 tells apart, in another order for every table and every place in a vector.
+    pool = np.outer([1, -1], np.linspace(1, 2, 129)[:128]).reshape(-1)
+    tables = np.broadcast_to(pool, (*(groups or (1,) * len(shape)), size, 256))
+    lut = random.permuted(tables, axis=-1)[..., : 2**nbits].swapaxes(-1, -2) / 8
     return px.PalettizedArray(
         lut.astype(dtype),
         random.integers(0, 2**nbits, indices_shape).astype(np.uint8),
