@@ -24,9 +24,9 @@ def certify(
 
     certify = inertia(lut) / bound - 1,   bound ≤ min over every lut of k values of Σ sensitivity · (w - nearest)²
 
-    The bound is the Lagrangian dual of the clustering problem: it holds whatever made the lut. An entry that is the
-    mean of its cell rounded to float32 (for a float64 lut, to float64) counts as that mean: what the last bit costs is
-    not held against a clustering. A table rounded to 16 bits pays for it.
+    The bound is the Lagrangian dual of the clustering problem: it holds whatever made the lut. An entry counts as known
+    to half an ulp of float32 (for a float64 lut, of float64), so that the last bit of an optimal table is not held
+    against it. A table rounded to 16 bits pays for that.
 
     Args:
         weights: (*shape), any float dtype, finite.
@@ -78,20 +78,34 @@ def _excess(weights: np.ndarray, sensitivity: np.ndarray | None, lut: np.ndarray
         return np.nan
     (values, mass), _ = weighted_points(np.ascontiguousarray(weights), sensitivity)
     values, mass = values[mass > 0], mass[mass > 0]
-    inertia = _inertia(values, mass, np.sort(lut.astype(np.float64)), np.promote_types(lut.dtype, np.float32))
+    entries = np.sort(lut.astype(np.float64))
+    with np.errstate(over="ignore"):
+        last_bit = np.spacing(np.abs(entries).astype(np.promote_types(lut.dtype, np.float32))).astype(np.float64) / 2
+        # Tables within half an ulp of this one: with the means of its cells, and as near as may be to the optimum.
+        tables = [np.clip(_cell_means(values, mass, entries), entries - last_bit, entries + last_bit)]
+        bound, unit = 0.0, power_of_two(values)
+        if values.size > lut.size:
+            best = exact_clusters(values, mass, lut.size)
+            bound, unit = best.bound, best.unit
+            tables.append(np.clip(best.centroids, entries - last_bit, entries + last_bit))
+        inertia = min(_inertia(values, mass, table, unit) for table in tables)
     if inertia == 0:
         return 0.0
-    bound = exact_clusters(values / power_of_two(values), mass, lut.size).bound if values.size > lut.size else 0.0
     return max(inertia / bound - 1, 0.0) if bound > 0 else np.inf
 
 
-def _inertia(values: np.ndarray, mass: np.ndarray, lut: np.ndarray, dtype: np.dtype) -> float:
-    """Σ mass · (value - nearest entry)², values in units of the largest; a cell's rounded mean counts as the mean."""
+def _cell_means(values: np.ndarray, mass: np.ndarray, lut: np.ndarray) -> np.ndarray:
+    """The mean of each entry's cell; an entry without one stays."""
     slots = np.empty(values.size, np.uint8)
     host_assign(values, lut, slots)
     weight = np.bincount(slots, mass, lut.size)
-    with np.errstate(invalid="ignore", over="ignore"):
-        # A correction to the entry, not a mean from scratch: exact where the cell holds one value.
-        mean = lut + np.bincount(slots, mass * (values - lut[slots]), lut.size) / weight
-        centre = np.where(mean.astype(dtype) == lut, mean, lut)[slots]
-    return float(mass @ ((values - centre) / power_of_two(values)) ** 2)
+    # A correction to the entry, not a mean from scratch: exact where the cell holds one value.
+    offset = np.bincount(slots, mass * (values - lut[slots]), lut.size)
+    return lut + np.divide(offset, weight, out=np.zeros_like(offset), where=weight > 0)
+
+
+def _inertia(values: np.ndarray, mass: np.ndarray, lut: np.ndarray, unit: float) -> float:
+    """Σ mass · (value - nearest entry)², values in multiples of a unit."""
+    slots = np.empty(values.size, np.uint8)
+    host_assign(values, lut, slots)
+    return float(mass @ ((values - lut[slots]) / unit) ** 2)

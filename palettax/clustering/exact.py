@@ -36,14 +36,16 @@ class Clustering(NamedTuple):
 
     Attributes:
         centroids: (k,) float64, ascending: the weighted means.
-        cost: the inertia.
-        bound: a lower bound on the inertia of every clustering into k; below `cost` by rounding only.
+        cost: the inertia, in squares of `unit`.
+        bound: a lower bound on the inertia of every clustering into k, in the same; below `cost` by rounding only.
+        unit: about the spread of the values.
         probes: how many penalties were tried.
     """
 
     centroids: np.ndarray
     cost: float
     bound: float
+    unit: float
     probes: int
 
 
@@ -313,12 +315,18 @@ def power_of_two(values: np.ndarray) -> float:
 def exact_clusters(values: np.ndarray, mass: np.ndarray, k: int) -> Clustering:
     """The optimal clustering of weighted points on a line into k intervals.
 
-    Optimal to rounding while squared errors stay above 1e-28 of Σ mass · value²; `bound` is lowered by what rounding
-    may have added to it, so that it holds beyond that too.
+    Optimal to rounding while squared errors stay above 1e-28 of Σ mass · (value - median)²; `bound` is lowered by what
+    rounding may have added to it, so that it holds beyond that too.
 
     Args:
-        values: (n,) float64, strictly ascending, finite, of magnitude at most 2.
+        values: (n,) float64, strictly ascending, finite.
         mass: (n,) float64, positive, at most 2.
         k: the number of clusters, at least 1; n > k.
     """
-    return Clustering(*_solve(values, mass, k))
+    # Powers of two and a difference of neighbours in size: exact, or off by no more than the values' own last bit.
+    scale = power_of_two(values)
+    origin = values[values.size // 2] / scale
+    points = values / scale - origin
+    spread = power_of_two(points)
+    centroids, cost, bound, probes = _solve(points / spread, mass, k)
+    return Clustering((centroids * spread + origin) * scale, cost, bound, spread * scale, probes)

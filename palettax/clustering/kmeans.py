@@ -24,7 +24,7 @@ from palettax.clustering.checks import (
     float64_stays,
     lut_dtype,
 )
-from palettax.clustering.exact import exact_clusters, power_of_two
+from palettax.clustering.exact import exact_clusters
 from palettax.clustering.fit import LutFit
 from palettax.clustering.histogram import PATTERNS, all_finite, finite_patterns, is_mass, look_up_bits, weighted_points
 from palettax.clustering.host import host_call
@@ -177,9 +177,7 @@ def _fit(
         lut[:], indices[:] = np.nan, 0
         return np.nan, 0, False
     points, heaviest = weighted_points(weights, sensitivity)
-    unit = power_of_two(points.values)
-    centroids, probes, proven = optimal_centroids(points.values / unit, points.mass, lut.size)
-    lut[:] = centroids * unit
+    lut[:], probes, proven = optimal_centroids(points.values, points.mass, lut.size)
     entries = lut.astype(np.float64)
     if weights.dtype.itemsize == 2:
         patterns, values = finite_patterns(weights.dtype)
