@@ -37,7 +37,7 @@ def one_seed(seed: int, data: Path | None, folder: Path) -> list[Row]:
 
 def summary(runs: list[list[Row]], digits: str) -> str:
     """One line per package: accuracy over the seeds, bytes, whether all audits said identical."""
-    lines = ["| package | bits | tables | accuracy, % | bytes | of float16 | lut and indices identical |"]
+    lines = ["| package | bits | lut per | accuracy, % | bytes | of float16 | lut and indices identical |"]
     lines.append("|---|---|---|---|---|---|---|")
     for rows in zip(*runs, strict=True):
         first, scores = rows[0], [100 * row.accuracy for row in rows]

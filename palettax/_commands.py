@@ -13,7 +13,7 @@ from rich.table import Table
 from palettax._extras import require
 
 app = typer.Typer(
-    help="Compress neural-network weights into small lookup tables: w ≈ lut[indices].",
+    help="Compress neural-network weights into small lookup tables: w ≈ lut\\[indices].",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,7 +39,8 @@ def demo(
 ) -> None:
     """Train a network, palettize it, convert it to Core ML, read the packages back, compare bit for bit."""
     try:
-        for module in ("flax", "optax", "mlxtend", "matplotlib", "torch", "coremltools"):
+        require("palettax.coreml", "demo")  # before all others: it keeps coremltools' import quiet
+        for module in ("flax", "optax", "mlxtend", "matplotlib"):
             require(module, "demo")
         from palettax.demo.data import load_digits
 
@@ -68,14 +69,16 @@ def demo(
         raise typer.Exit(130) from None
 
     table = Table(title=f"{len(digits.test_labels):,} held-out digits, weights as read back from the packages")
-    for heading in ("package", "tables", "bits", "accuracy", "bytes", "of float16", "lut and indices identical"):
-        table.add_column(heading, justify="left" if heading in ("package", "tables") else "right")
+    for heading in ("package", "lut per", "bits", "accuracy", "bytes", "of fp16", "lut and indices identical"):
+        table.add_column(
+            heading, justify="left" if heading in ("package", "lut per") else "right", no_wrap=heading == "package"
+        )
     for row in rows:
         identical = {True: "[green]yes", False: "[bold red]no", None: ""}[row.identical]
         cells = (f"{row.accuracy:.1%}", f"{row.nbytes:,}", f"{row.ratio:.3f}", identical)
         table.add_row(row.name, row.family, str(row.nbits or 16), *cells)
     console.print(table)
-    console.print(f"Packages, table.json, table.md, histograms.png and accuracy.png are in {out}")
+    console.print(f"In {out}: the packages, table.json, table.md, histograms.png, accuracy.png")
     if any(row.identical is False for row in rows):
         console.print("[bold red]A package does not hold what was computed.")
         raise typer.Exit(1)

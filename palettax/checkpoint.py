@@ -31,7 +31,8 @@ def save(path: str | os.PathLike[str], tree: Tree) -> None:
     Args:
         path: the file; an older one is replaced.
         tree: dicts, lists and tuples of arrays and `PalettizedArray`s. Other containers (dataclasses, named tuples,
-            Flax states) are written as the nested dict of their leaf paths.
+            Flax states) are written, and come back, as the nested dict of their leaf paths; `nnx.replace_by_pure_dict`
+            puts that back into a state.
 
     Raises:
         ValueError: a leaf that is no array of numbers or breaks its invariants, or a dict key of another type.
@@ -117,6 +118,9 @@ def _describe(tree: Tree, path: tuple[Any, ...], leaves: list[dict[str, Any]], t
     inside, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: is_palettized(x) or x is not tree)
     if is_palettized(tree) or [key for key, _ in inside] == [()]:
         return {"leaf": _write_leaf(leaf_name(path), tree, leaves, tensors)}
+    if [key for key, _ in inside] == [(jax.tree_util.GetAttrKey("value"),)]:
+        # The wrapper that a Flax variable puts around its array.
+        return _describe(inside[0][1], path, leaves, tensors)
     children = dict(zip(leaf_names([key for key, _ in inside]), [child for _, child in inside], strict=True))
     if len(children) < len(inside):
         raise ValueError(f"two fields under '{leaf_name(path)}' have one name; rename one")
@@ -138,10 +142,17 @@ def _write_leaf(name: str, leaf: Any, leaves: list[dict[str, Any]], tensors: dic
     keys = {}
     for part, array in parts.items():
         keys[part] = _free_key(f"{name}#{part}" if part else name, tensors)
-        tensors[keys[part]] = _carry(name, np.asarray(array))
+        tensors[keys[part]] = _carry(name, _as_numpy(name, array))
     dtype = leaf.dtype if is_palettized(leaf) else np.asarray(leaf).dtype
     leaves.append(header | {"dtype": str(np.dtype(dtype).newbyteorder("=")), "tensors": keys})
     return len(leaves) - 1
+
+
+def _as_numpy(name: str, leaf: Any) -> np.ndarray:
+    try:
+        return np.asarray(leaf)
+    except TypeError as error:
+        raise ValueError(f"leaf '{name}' is a {type(leaf).__name__} that is no array: {error}; leave it out") from error
 
 
 def _free_key(name: str, tensors: dict[str, np.ndarray]) -> str:

@@ -26,7 +26,8 @@ def palettize(
     """Palettize a parameter tree: every large float leaf becomes `lut[indices]`.
 
     Args:
-        params: any pytree of arrays. Nothing in it is changed.
+        params: any pytree of arrays, `nnx.state(model, nnx.Param)` included. Nothing in it is changed. Leaves that are
+            palettized already are palettized anew from their values.
         transform: what to do, for example `kmeans(4)` or `by_path([...])`.
         sensitivity: a tree of the structure of params, each leaf ≥ 0: what a squared error of each weight costs.
         weight_threshold: leaves of at most this many weights stay dense.
@@ -48,12 +49,16 @@ def palettize(
         >>> small["kernel"].indices.shape, small["kernel"].bits_per_weight, small["bias"].shape
         ((64, 64), 4.125, (64,))
     """
+    if not isinstance(transform, PaletteTransformation):
+        raise ValueError(f"transform is a {type(transform).__name__}; give one, such as kmeans(4) or by_path([...])")
     if nonfinite not in ("raise", "keep"):
         raise ValueError(f'nonfinite={nonfinite!r}; choose "raise" or "keep"')
 
     def eligible(leaf: Any) -> bool:
-        if is_palettized(leaf) or not hasattr(leaf, "size") or leaf.size <= weight_threshold:
+        if not hasattr(leaf, "size") or leaf.size <= weight_threshold:
             return False
+        if is_palettized(leaf):
+            return True
         if nonfinite == "keep" and is_traced(leaf):
             raise ValueError('nonfinite="keep" looks at values, which are unknown under jit; use "raise"')
         return nonfinite == "raise" or count_nonfinite(leaf) == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from palettax._paths import leaf_names
 from palettax._typing import Tree
 from palettax.clustering.histogram import histogram
-from palettax.leaf import PalettizedArray, is_palettized, nbytes
+from palettax.leaf import PalettizedArray, is_palettized
 from palettax.palettize import WEIGHT_THRESHOLD, count_nonfinite
 
 
@@ -89,7 +89,7 @@ def report(params: Tree, palettized: Tree, *, weight_threshold: int = WEIGHT_THR
         >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 64)), "bias": jax.numpy.zeros(64)}
         >>> leaves = px.report(params, px.palettize(params, px.kmeans(nbits=4)))
         >>> leaves["kernel"].nbytes, leaves["bias"].skipped
-        (2112, '64 weights, not above weight_threshold=2048')
+        (2112, '≤ weight_threshold=2048')
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_palettized)
     try:
@@ -101,18 +101,19 @@ def report(params: Tree, palettized: Tree, *, weight_threshold: int = WEIGHT_THR
     return Report({name: _leaf_report(before, now, weight_threshold) for name, (_, before), now in rows})
 
 
-def _leaf_report(before: object, now: object, weight_threshold: int) -> LeafReport:
+def _leaf_report(before: Any, now: Any, weight_threshold: int) -> LeafReport:
     array = before.depalettize() if isinstance(before, PalettizedArray) else before
-    dense = np.asarray(array)
+    is_key = hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    dense = np.asarray(jax.random.key_data(array) if is_key else array)
     small = isinstance(now, PalettizedArray)
     return LeafReport(
         shape=dense.shape,
         dtype=str(dense.dtype),
         nbits=now.nbits if small else None,
         groups=now.groups if small else (),
-        bits_per_weight=8 * nbytes(now) / max(dense.size, 1),
+        bits_per_weight=8 * (now.nbytes if small else dense.nbytes) / max(dense.size, 1),
         sqnr=_sqnr(dense, np.asarray(now.depalettize())) if small else np.inf,
-        nbytes=nbytes(now),
+        nbytes=now.nbytes if small else dense.nbytes,
         nbytes_before=dense.nbytes,
         skipped="" if small else _why_dense(dense, weight_threshold),
     )
@@ -130,7 +131,7 @@ def _why_dense(weights: np.ndarray, weight_threshold: int) -> str:
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         return f"{weights.dtype} is not floating"
     if weights.size <= weight_threshold:
-        return f"{weights.size} weights, not above weight_threshold={weight_threshold}"
+        return f"≤ weight_threshold={weight_threshold}"
     if count_nonfinite(weights):
         return f"{count_nonfinite(weights)} NaN or infinite values"
     distinct = histogram(weights.reshape(-1), None).values.size

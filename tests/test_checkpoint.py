@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -311,3 +312,21 @@ def test_the_file_has_the_permissions_of_any_new_file(tmp_path):
     (tmp_path / "plain").write_bytes(b"")
     px.save(tmp_path / "x", {"a": np.ones(3)})
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_a_flax_state_comes_back_as_its_pure_dict(tmp_path):
+    class Net(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.List([nnx.Linear(64, 64, rngs=nnx.Rngs(0))])
+
+    state = nnx.state(Net(), nnx.Param)
+    small = px.palettize(state, px.kmeans(2))
+    px.save(tmp_path / "x", small)
+    same(px.load(tmp_path / "x"), nnx.to_pure_dict(small))
+    nnx.replace_by_pure_dict(state, px.depalettize(px.load(tmp_path / "x")))
+    np.testing.assert_array_equal(state["layers"][0]["kernel"][...], px.depalettize(small)["layers"][0]["kernel"][...])
+
+
+def test_a_random_key_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"leaf 'key' is a .*; leave it out"):
+        px.save(tmp_path / "x", {"key": jax.random.key(0)})

@@ -201,6 +201,25 @@ def test_a_sensitivity_of_another_tree():
         px.palettize({"w": BIG}, px.kmeans(2), sensitivity={"v": BIG}, weight_threshold=0)
 
 
-def test_palettized_leaves_are_kept():
+def test_palettized_leaves_that_no_transform_acts_on_are_kept():
     once = px.palettize({"w": BIG}, px.kmeans(4), weight_threshold=0)
-    assert px.palettize(once, px.kmeans(1), weight_threshold=0)["w"] is once["w"]
+    assert px.palettize(once, px.identity(), weight_threshold=0)["w"] is once["w"]
+    assert px.palettize(once, px.kmeans(1), weight_threshold=BIG.size)["w"] is once["w"]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("transform", [px.kmeans, 4, {"w": 4}])
+def test_what_is_no_transform(transform):
+    with pytest.raises(ValueError, match=r"give one, such as kmeans\(4\)"):
+        px.palettize({"w": np.ones((64, 64), np.float32)}, transform)
+    with pytest.raises(ValueError, match=r"give a list of \(regex, transform or None\)|give a transform"):
+        px.by_path({"w": transform} if transform is px.kmeans else [("w", transform)])
+
+
+def test_a_palettized_leaf_is_palettized_anew():
+    weights = {"w": np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)}
+    three = px.palettize(weights, px.kmeans(3))
+    again = px.palettize(three, px.kmeans(1))
+    expected = px.palettize(px.depalettize(three), px.kmeans(1))
+    assert again["w"].nbits == 1
+    np.testing.assert_array_equal(px.depalettize(again)["w"], px.depalettize(expected)["w"])

@@ -23,7 +23,12 @@ def open_model(mlmodel: ct.models.MLModel | str | Path) -> ct.models.MLModel:
     """The model itself, or the one at a path, without compiling it."""
     if isinstance(mlmodel, ct.models.MLModel):
         return mlmodel
-    return ct.models.MLModel(str(mlmodel), skip_model_load=True)
+    try:
+        return ct.models.MLModel(str(mlmodel), skip_model_load=True)
+    except Exception as error:  # what it raises for a file of another kind has no type in common
+        raise ValueError(
+            f"{str(mlmodel)!r} is no Core ML package ({type(error).__name__}); give an .mlpackage"
+        ) from error
 
 
 def operations(mlmodel: ct.models.MLModel) -> Iterator[tuple[str, Op]]:

@@ -20,7 +20,7 @@ from palettax.torch import from_flax, to_flax
 
 TARGET = "iOS18"
 FLATTENED = {"dense1": FEATURE_MAP}
-PER_TENSOR, GROUPED = "one lut per tensor", "one lut per 16 output channels"
+PER_TENSOR, GROUPED = "tensor", "16 channels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def run_recipes(model: DigitNet, digits: Digits, folder: Path) -> Iterator[Row]:
         return save_package(mlmodel, folder / f"{name}.mlpackage")
 
     whole = package_bytes(write("float16", from_flax(dense, flattened=FLATTENED)))
-    yield Row("float16", "float16", None, score(dense), whole, 1.0, None)
+    yield Row("float16", "", None, score(dense), whole, 1.0, None)
     for name, recipe in recipes().items():
         leaves = from_flax(px.palettize(dense, recipe.transform), flattened=FLATTENED)
         path = write(name, leaves)
@@ -102,7 +102,7 @@ def run_recipes(model: DigitNet, digits: Digits, folder: Path) -> Iterator[Row]:
 def markdown(rows: list[Row]) -> str:
     """The rows as a table."""
     lines = [
-        "| package | bits | tables | accuracy | bytes | of float16 | lut and indices identical |",
+        "| package | bits | lut per | accuracy | bytes | of float16 | lut and indices identical |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -152,7 +152,9 @@ def _draw_accuracy(rows: list[Row], path: Path) -> None:
 
     baseline, *small = rows
     families = {
-        family: [(row.nbytes, row.accuracy, f"{row.nbits} bit") for row in small if row.family == family]
+        f"one lut per {family}": [
+            (row.nbytes, row.accuracy, f"{row.nbits} bit") for row in small if row.family == family
+        ]
         for family in (PER_TENSOR, GROUPED)
     }
     figure, ax = pyplot.subplots(figsize=(6, 3.6), layout="constrained")

@@ -10,4 +10,3 @@ from palettax.leaf.packing import unpack as unpack
 from palettax.leaf.palettized_array import PalettizedArray as PalettizedArray
 from palettax.leaf.palettized_array import depalettize as depalettize
 from palettax.leaf.palettized_array import is_palettized as is_palettized
-from palettax.leaf.palettized_array import nbytes as nbytes

@@ -19,7 +19,8 @@ class Granularity:
 
     Attributes:
         group_size: channels that share a table: consecutive slices along `channel_axis`. None for all of them.
-        channel_axis: the axis that is cut into groups; negative counts from the end.
+        channel_axis: the axis that is cut into groups; negative counts from the end. Output channels are axis 0 of
+            torch's weights and axis -1 of Flax's kernels.
         vector_size: weights per index (coremltools' `cluster_dim`).
         vector_axis: the axis along which those weights are neighbours; None for `channel_axis`.
 

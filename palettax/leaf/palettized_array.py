@@ -241,10 +241,3 @@ def depalettize(tree: Tree) -> Tree:
         4
     """
     return jax.tree.map(lambda leaf: leaf.depalettize() if is_palettized(leaf) else leaf, tree, is_leaf=is_palettized)
-
-
-def nbytes(leaf: Any) -> int:
-    """Bytes a leaf takes when stored: an array's own, a `PalettizedArray`'s packed."""
-    if is_palettized(leaf) or hasattr(leaf, "nbytes"):
-        return int(leaf.nbytes)
-    return int(np.asarray(leaf).nbytes)

@@ -39,6 +39,8 @@ def to_params(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray | Palettize
         >>> {name: leaf.shape for name, leaf in to_params(layer.state_dict()).items()}
         {'weight': (2, 3), 'bias': (2,)}
     """
+    if isinstance(state_dict, torch.nn.Module):
+        raise ValueError(f"to_params takes a state dict, not a {type(state_dict).__name__}; pass model.state_dict()")
     dense: dict[str, np.ndarray] = {}
     buffers: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in state_dict.items():

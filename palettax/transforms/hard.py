@@ -150,6 +150,8 @@ def _custom_row(result: LutFit | tuple[Any, Any], weights: Array) -> LutFit:
 
 def _hard(fit: GroupFit, granularity: Granularity, must_converge: bool = False) -> PaletteTransformation:
     """The transform of a group fit. With `must_converge`, leaves whose fit did not converge stay as they are."""
+    if not isinstance(granularity, Granularity):
+        raise ValueError(f"granularity={granularity!r}; give a Granularity, such as Granularity(group_size=16)")
     if granularity.vector_size != 1:
         raise ValueError(f"vector_size={granularity.vector_size}; only scalars (vector_size=1) can be clustered so far")
 
