@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from palettax.demo.data import load_digits
-from palettax.demo.run import Row, run_recipes, write_results
+from palettax.demo.run import Row, recipes, run_recipes, write_results
 from palettax.demo.training import train
 
 HERE = Path(__file__).parent
@@ -28,7 +28,7 @@ def one_seed(seed: int, data: Path | None, folder: Path) -> list[Row]:
     digits = load_digits(data, seed)
     model = train(digits, 2 if data else 8, seed, lambda _: None)
     rows = []
-    for row in run_recipes(model, digits, folder):
+    for row in run_recipes(model, digits, folder, recipes()):
         print(f"seed {seed}: {row}", flush=True)
         rows.append(row)
     write_results(rows, model, folder)

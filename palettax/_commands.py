@@ -60,7 +60,7 @@ def demo(
             model = train(digits, epochs, seed, lambda _: progress.advance(task))
             task = progress.add_task("Palettize, convert, read back", total=1 + len(recipes()))
             rows = []
-            for row in run_recipes(model, digits, out):
+            for row in run_recipes(model, digits, out, recipes()):
                 rows.append(row)
                 progress.advance(task)
             write_results(rows, model, out)

@@ -60,8 +60,8 @@ def histogram(weights: Float[Array, ...], palettized: PalettizedArray, *, ax: Ax
 
 
 def accuracy_against_size(
-    families: Mapping[str, Sequence[tuple[float, float, str]]],
-    baseline: tuple[float, float],
+    families: Mapping[str, Sequence[tuple[int, float, str]]],
+    baseline: tuple[int, float],
     *,
     ax: Axes | None = None,
 ) -> Axes:
@@ -78,7 +78,7 @@ def accuracy_against_size(
     Example:
         >>> import matplotlib; matplotlib.use("Agg")
         >>> import palettax.plot
-        >>> palettax.plot.accuracy_against_size({"per tensor": [(1e6, 0.97, "4 bits")]}, (4e6, 0.98)).get_xscale()
+        >>> palettax.plot.accuracy_against_size({"per tensor": [(10**6, 0.97, "4 bits")]}, (4 * 10**6, 0.98)).get_xscale()
         'log'
     """
     pyplot = require("matplotlib.pyplot", "plot")

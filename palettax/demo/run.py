@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,14 @@ def recipes() -> dict[str, Recipe]:
     return found
 
 
-def run_recipes(model: DigitNet, digits: Digits, folder: Path) -> Iterator[Row]:
+def run_recipes(model: DigitNet, digits: Digits, folder: Path, chosen: Mapping[str, Recipe]) -> Iterator[Row]:
     """Write one package per recipe, the float16 one first, and yield its row.
 
     Args:
         model: the trained network, in evaluation mode.
         digits: the held-out ones are used.
         folder: where the packages go.
+        chosen: the recipes, by the name of the package.
     """
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     dense = nnx.to_pure_dict(params)
@@ -89,7 +90,7 @@ def run_recipes(model: DigitNet, digits: Digits, folder: Path) -> Iterator[Row]:
 
     whole = package_bytes(write("float16", from_flax(dense, flattened=FLATTENED)))
     yield Row("float16", "", None, score(dense), whole, 1.0, None)
-    for name, recipe in recipes().items():
+    for name, recipe in chosen.items():
         leaves = from_flax(px.palettize(dense, recipe.transform), flattened=FLATTENED)
         path = write(name, leaves)
         comparison = audit(path, leaves)
