@@ -78,7 +78,8 @@ def accuracy_against_size(
     Example:
         >>> import matplotlib; matplotlib.use("Agg")
         >>> import palettax.plot
-        >>> palettax.plot.accuracy_against_size({"per tensor": [(10**6, 0.97, "4 bits")]}, (4 * 10**6, 0.98)).get_xscale()
+        >>> points = {"per tensor": [(10**6, 0.97, "4 bits")]}
+        >>> palettax.plot.accuracy_against_size(points, (4 * 10**6, 0.98)).get_xscale()
         'log'
     """
     pyplot = require("matplotlib.pyplot", "plot")
