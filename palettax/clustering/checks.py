@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -111,4 +111,4 @@ def float64_stays(function: F) -> F:
         with jax.enable_x64(True):
             return jax.tree.map(lambda a: a if is_traced(a) else np.asarray(a), function(*args, **kwargs))
 
-    return wide  # type: ignore[return-value]
+    return cast(F, wide)

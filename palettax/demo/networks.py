@@ -28,10 +28,13 @@ class DigitNet(nnx.Module):
 
     def __call__(self, images: Float[jax.Array, "n 28 28 1"]) -> Float[jax.Array, "n 10"]:
         """Log-probabilities of the ten digits."""
-        pool = lambda x: nnx.max_pool(nnx.relu(x), (2, 2), strides=(2, 2))  # noqa: E731
-        features = pool(self.conv2(self.bn1(pool(self.conv1(images)))))
+        features = _pooled(self.conv2(self.bn1(_pooled(self.conv1(images)))))
         hidden = nnx.relu(self.dense1(features.reshape(features.shape[0], -1)))
         return jax.nn.log_softmax(self.dense2(self.dropout(hidden)))
+
+
+def _pooled(features: jax.Array) -> jax.Array:
+    return nnx.max_pool(nnx.relu(features), (2, 2), strides=(2, 2))
 
 
 def torch_twin() -> torch.nn.Module:
