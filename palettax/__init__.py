@@ -5,6 +5,7 @@ from palettax.checkpoint import save as save
 from palettax.clustering import LutFit as LutFit
 from palettax.clustering import assign as assign
 from palettax.clustering import certify as certify
+from palettax.clustering import kmeans_curve as kmeans_curve
 from palettax.clustering import kmeans_lut as kmeans_lut
 from palettax.clustering import lookup as lookup
 from palettax.clustering import uniform_lut as uniform_lut
@@ -21,10 +22,13 @@ from palettax.transforms import by_path as by_path
 from palettax.transforms import chain as chain
 from palettax.transforms import custom as custom
 from palettax.transforms import identity as identity
+from palettax.transforms import keep_zeros as keep_zeros
 from palettax.transforms import kmeans as kmeans
 from palettax.transforms import masked as masked
 from palettax.transforms import partition as partition
+from palettax.transforms import quantize_lut as quantize_lut
 from palettax.transforms import uniform as uniform
 from palettax.transforms import unique as unique
+from palettax.transforms import with_channel_scale as with_channel_scale
 
 __version__ = "0.1.0"

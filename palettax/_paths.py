@@ -1,4 +1,4 @@
-"""Names of the leaves of a tree."""
+"""Names of the leaves of a tree, and which of them are one array."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.tree_util import GetAttrKey
 
 Path = tuple[Any, ...]
@@ -27,3 +28,10 @@ def leaf_names(paths: Sequence[Path], separator: str = "/") -> list[str]:
 
 def _is_wrapper(path: Path) -> bool:
     return len(path) > 1 and path[-1] == GetAttrKey("value")
+
+
+def identity_of(leaf: Any) -> Any:
+    """Equal for leaves that are one array; NumPy makes a new object for each view of the same memory."""
+    if isinstance(leaf, np.ndarray):
+        return leaf.__array_interface__["data"][0], leaf.shape, leaf.strides, leaf.dtype.str
+    return id(leaf)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palettax._paths import leaf_names
+from palettax._paths import identity_of, leaf_names
 from palettax._typing import Tree
-from palettax.clustering.histogram import histogram
+from palettax.clustering.points import distinct_count
 from palettax.leaf import PalettizedArray, is_palettized
 from palettax.palettize import WEIGHT_THRESHOLD, count_nonfinite
 
@@ -28,6 +28,7 @@ class LeafReport(NamedTuple):
         nbytes: stored bytes now.
         nbytes_before: stored bytes of the dense leaf.
         skipped: why the leaf is dense; "" when it is palettized.
+        tied_to: the leaf whose array this is too, whose bytes are not counted again; "" for a leaf of its own.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +40,7 @@ class LeafReport(NamedTuple):
     nbytes: int
     nbytes_before: int
     skipped: str
+    tied_to: str = ""
 
 
 class Report(dict[str, LeafReport]):
@@ -47,20 +49,21 @@ class Report(dict[str, LeafReport]):
     @property
     def nbytes(self) -> int:
         """Stored bytes of the whole tree now."""
-        return sum(leaf.nbytes for leaf in self.values())
+        return sum(leaf.nbytes for leaf in self.values() if not leaf.tied_to)
 
     @property
     def nbytes_before(self) -> int:
         """Stored bytes of the whole dense tree."""
-        return sum(leaf.nbytes_before for leaf in self.values())
+        return sum(leaf.nbytes_before for leaf in self.values() if not leaf.tied_to)
 
     def __str__(self) -> str:
         rows = [("leaf", "shape", "dtype", "bits/weight", "SQNR dB", "bytes", "")]
         for name, leaf in self.items():
             tables = "" if leaf.nbits is None else f"{leaf.nbits} bits, {int(np.prod(leaf.groups))} lut"
+            note = tables or f"dense: {leaf.skipped}"
             rows.append((
                 name, "×".join(map(str, leaf.shape)), leaf.dtype, f"{leaf.bits_per_weight:.3g}", f"{leaf.sqnr:.1f}",
-                f"{leaf.nbytes:,}", tables or f"dense: {leaf.skipped}",
+                f"{leaf.nbytes:,}", f"{note}, tied to {leaf.tied_to}" if leaf.tied_to else note,
             ))  # fmt: skip
         widths = [max(len(row[c]) for row in rows) for c in range(6)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[6]]) for row in rows]
@@ -97,8 +100,11 @@ def report(params: Tree, palettized: Tree, *, weight_threshold: int = WEIGHT_THR
     except ValueError as error:
         raise ValueError(f"params and palettized are different trees: {error}") from error
     names = leaf_names([path for path, _ in paths])
-    rows = zip(names, paths, after, strict=True)
-    return Report({name: _leaf_report(before, now, weight_threshold) for name, (_, before), now in rows})
+    rows, first = {}, {}
+    for name, (_, before), now in zip(names, paths, after, strict=True):
+        tied_to = first.setdefault((identity_of(before), identity_of(now)), name)
+        rows[name] = _leaf_report(before, now, weight_threshold)._replace(tied_to="" if tied_to == name else tied_to)
+    return Report(rows)
 
 
 def _leaf_report(before: Any, now: Any, weight_threshold: int) -> LeafReport:
@@ -134,5 +140,5 @@ def _why_dense(weights: np.ndarray, weight_threshold: int) -> str:
         return f"≤ weight_threshold={weight_threshold}"
     if count_nonfinite(weights):
         return f"{count_nonfinite(weights)} NaN or infinite values"
-    distinct = histogram(weights.reshape(-1), None).values.size
+    distinct = distinct_count(weights.reshape(-1))
     return f"left dense by the transform ({distinct} distinct values)"

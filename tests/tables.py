@@ -1,5 +1,6 @@
 """The tables that drive the tests: a new algorithm or an awkward input is a new row."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -9,6 +10,18 @@ DTYPES = {"float16": np.float16, "bfloat16": jnp.bfloat16, "float32": np.float32
 
 ROWS = px.Granularity(group_size=4, channel_axis=0)
 COLUMNS = px.Granularity(group_size=5, channel_axis=-1)
+
+BLOCKS = px.Granularity(group_size=(4, 5), channel_axis=(0, -1))
+CHOSEN = px.Granularity(group_size=4, channel_axis=None)
+PAIRS = px.Granularity(vector_size=2, vector_axis=0)
+PAIRS_OF_ROWS = px.Granularity(vector_size=2, vector_axis=0, group_size=4)
+KEY = jax.random.key(0)
+
+
+def every_third(tree):
+    """Of every three elements, two."""
+    return jax.tree.map(lambda leaf: np.arange(leaf.size).reshape(leaf.shape) % 3 > 0, tree)
+
 
 HARD = {
     "kmeans": px.kmeans(3),
@@ -25,14 +38,34 @@ HARD = {
     "identity": px.identity(),
     "chain": px.chain(px.kmeans(4), px.uniform(2)),
     "masked": px.masked(px.kmeans(2), {"a": True, "b": [False, True]}),
+    "kmeans blocks": px.kmeans(1, granularity=BLOCKS),
+    "kmeans chosen axis": px.kmeans(2, granularity=CHOSEN),
+    "vectors": px.kmeans(3, granularity=PAIRS, key=KEY),
+    "vectors rows": px.kmeans(2, granularity=PAIRS_OF_ROWS, key=KEY),
+    "channel scale": px.with_channel_scale(px.kmeans(2)),
+    "channel scale columns": px.with_channel_scale(px.kmeans(2, granularity=COLUMNS), channel_axis=-1, max_steps=2),
+    "channel scale vectors": px.with_channel_scale(px.kmeans(2, granularity=PAIRS, key=KEY), max_steps=2),
+    "int8 lut": px.quantize_lut(px.kmeans(3), "int8"),
+    "uint8 lut rows": px.quantize_lut(px.kmeans(2, granularity=ROWS), "uint8"),
+    "float8 lut": px.quantize_lut(px.kmeans(3), jnp.float8_e4m3fn),
+    "int8 lut channel scale": px.quantize_lut(px.with_channel_scale(px.kmeans(2), max_steps=2), "int8"),
+    "elements": px.masked(px.kmeans(2), every_third),
+    "zeros": px.keep_zeros(px.kmeans(2)),
+    "sparse": px.keep_zeros(px.kmeans(2), sparse=True),
     "by_path": px.by_path([("^a$", px.kmeans(2)), ("b/0", None), ("b", px.uniform(1))]),
 }
 
 NEEDS_VALUES = {"unique"}
 """Rows that choose a storage by the values: eager only."""
 
-INEXACT = {"custom"}
+INEXACT = {"custom", "int8 lut", "uint8 lut rows", "float8 lut", "int8 lut channel scale"}
 """Rows that may move weights of two values; those of -1 and 1 they keep."""
+
+RESCALED = {name for name in HARD if "channel scale" in name}
+"""Rows that search for scales step by step: from their own result they may find a better one."""
+
+ORDERED = {name for name in HARD if "vectors" in name or name == "elements"}
+"""Rows that treat weights by their place: which of them are neighbours, or left out."""
 
 
 def data(kind: str, n: int, seed: int = 0) -> np.ndarray:

@@ -1,5 +1,6 @@
 """`save` and `load`: bits, structure, and files that are whole or refused."""
 
+import dataclasses
 import json
 import os
 import stat
@@ -18,10 +19,11 @@ from hypothesis import strategies as st
 
 import palettax as px
 from palettax.leaf import is_palettized, pack
+from tests.leaves import LEVELS, assert_same, forms, random_leaf, with_mask
 
 DTYPES = [
-    np.float16, jnp.bfloat16, np.float32, np.float64, jnp.float8_e4m3fn, np.int8, np.int16, np.int32, np.int64,
-    np.uint8, np.uint16, np.uint32, np.uint64, bool,
+    np.float16, jnp.bfloat16, np.float32, np.float64, jnp.float8_e4m3fn, jnp.float8_e5m2, np.int8, np.int16, np.int32,
+    np.int64, np.uint8, np.uint16, np.uint32, np.uint64, bool,
 ]  # fmt: skip
 
 
@@ -33,32 +35,12 @@ def dense(dtype, shape, seed):
     )  # NaNs of all kinds too
 
 
-def palettized(dtype, nbits, groups, vector_size, scale, seed):
-    rng = np.random.default_rng(seed)
-    shape = (groups[0] * 2, groups[1] * 3)
-    return px.PalettizedArray(
-        rng.standard_normal((*groups, 2**nbits, vector_size)).astype(dtype),
-        rng.integers(0, 2**nbits, shape).astype(np.uint8),
-        rng.standard_normal((shape[0], 1)).astype(dtype) if scale else None,
-        nbits=nbits,
-        vector_axis=None if vector_size == 1 else 1,
-    ).validate()
-
-
 seeds = st.integers(0, 2**32 - 1)
 # Arrays are made from these recipes in the test: drawing inside a strategy would share its random numbers.
 dense_recipes = st.tuples(
     st.just(dense), st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=3).map(tuple), seeds
 )
-palettized_recipes = st.tuples(
-    st.just(palettized),
-    st.sampled_from([np.float16, jnp.bfloat16, np.float32, np.float64]),
-    st.sampled_from([1, 2, 3, 4, 6, 8]),
-    st.sampled_from([(1, 1), (2, 1), (1, 2), (3, 2)]),
-    st.sampled_from([1, 2, 4]),
-    st.booleans(),
-    seeds,
-)
+palettized_recipes = forms().map(lambda form: (lambda: random_leaf(**form),))
 names = st.text("ab/. #é", max_size=3)
 recipes = st.recursive(
     st.none() | dense_recipes | palettized_recipes,
@@ -96,8 +78,8 @@ def leaf_paths(tree):
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
 
 
-def leaf(seed=0):
-    return palettized(np.float32, 3, (3, 2), 2, True, seed)
+def leaf():
+    return random_leaf((6, 12), 3, groups=(3, 2), vector=(1, 2), scale=(6, 1))
 
 
 @given(recipe=recipes)
@@ -164,6 +146,46 @@ def test_the_file_holds_packed_indices_and_little_else(tmp_path):
         np.testing.assert_array_equal(file.get_tensor("w#lut"), small["w"].lut)
         np.testing.assert_array_equal(file.get_tensor("b"), weights["b"])
         assert file.metadata()["format"] == "palettax-1"
+
+
+@pytest.mark.parametrize("lut_dtype", [None, *LEVELS])
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_only_what_the_mask_leaves_is_stored(tmp_path, share, kept, lut_dtype):
+    small = random_leaf((100, 101), 3, groups=(5, 1), scale=(10, 1), dtype=np.float16, lut_dtype=lut_dtype)
+    small = with_mask(small, kept=kept, share=share)
+    px.save(tmp_path / "x", {"w": small})
+    assert_same(px.load(tmp_path / "x")["w"], small)
+    with safetensors.safe_open(tmp_path / "x", framework="numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert sum(tensor.nbytes for tensor in tensors.values()) == small.nbytes
+    np.testing.assert_array_equal(tensors["w#indices"], pack(small.indices[small.mask], 3))
+    np.testing.assert_array_equal(tensors["w#mask"], np.packbits(small.mask, bitorder="little"))
+
+
+def test_indices_outside_the_mask_that_would_be_lost_are_refused(tmp_path):
+    small = with_mask(random_leaf((8, 8)), kept=False)
+    lost = dataclasses.replace(small, indices=np.where(small.mask, small.indices, np.uint8(1)))
+    with pytest.raises(ValueError, match="leaf 'w': an index outside the mask is not 0"):
+        px.save(tmp_path / "x", {"w": lost})
+
+
+def test_a_leaf_without_the_newer_parts_is_written_as_it_always_was(tmp_path):
+    small = leaf()
+    px.save(tmp_path / "new", {"w": small})
+    with safetensors.safe_open(tmp_path / "new", framework="numpy") as file:
+        (header,) = json.loads(file.metadata()["leaves"])
+    # safetensors writes the memory of an array, whatever its order.
+    tensors = {"w#lut": np.ascontiguousarray(small.lut), "w#indices": pack(small.indices, 3), "w#scale": small.scale}
+    old = {
+        "nbits": 3, "shape": [6, 6], "vector_axis": 1, "dtype": "float32",
+        "tensors": {name.removeprefix("w#"): name for name in tensors},
+    }  # fmt: skip
+    assert header == old
+    structure = json.dumps({"dict": [["w", {"leaf": 0}]]})
+    metadata = {"format": "palettax-1", "structure": structure, "leaves": json.dumps([old])}
+    safetensors.numpy.save_file(tensors, tmp_path / "old", metadata=metadata)
+    assert_same(px.load(tmp_path / "old")["w"], small)
 
 
 @pytest.fixture

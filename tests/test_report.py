@@ -3,8 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
 
 import palettax as px
+from tests.leaves import forms, random_leaf
 from tests.tables import DTYPES
 
 RNG = np.random.default_rng(0)
@@ -39,7 +41,7 @@ def test_numbers_of_every_leaf():
     assert half.nbytes_before == 2400 * 2
 
     bias = found["bias"]
-    assert bias == ((60,), "float32", None, (), 32.0, np.inf, 240, 240, "≤ weight_threshold=2048")
+    assert bias == ((60,), "float32", None, (), 32.0, np.inf, 240, 240, "≤ weight_threshold=2048", "")
     assert found.nbytes == kernel.nbytes + half.nbytes + 240 + params["ids"].nbytes
     assert found.nbytes_before == sum(leaf.nbytes for leaf in params.values())
 
@@ -59,6 +61,14 @@ def test_six_decibels_a_bit():
     one, two = (px.report(before, px.palettize(before, px.kmeans(b)))[""].sqnr for b in (3, 4))
     assert two - one == pytest.approx(20 * np.log10(2), abs=0.01)
     assert one == pytest.approx(3 * 20 * np.log10(2), abs=0.01)  # (2/√12)² against (2/8/√12)²
+
+
+@given(form=forms())
+def test_every_form_of_a_leaf_costs_what_it_says(form):
+    small = random_leaf(**form)
+    (leaf,) = px.report([small.depalettize()], [small]).values()
+    assert (leaf.nbytes, leaf.bits_per_weight, leaf.sqnr) == (small.nbytes, small.bits_per_weight, np.inf)
+    assert leaf.dtype == np.dtype(form["dtype"]).name
 
 
 def test_a_lossless_leaf_has_infinite_sqnr():

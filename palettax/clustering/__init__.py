@@ -3,6 +3,7 @@
 from palettax.clustering.assignment import assign as assign
 from palettax.clustering.assignment import lookup as lookup
 from palettax.clustering.certificate import certify as certify
+from palettax.clustering.curve import kmeans_curve as kmeans_curve
 from palettax.clustering.fit import LutFit as LutFit
 from palettax.clustering.kmeans import kmeans_lut as kmeans_lut
 from palettax.clustering.uniform import uniform_lut as uniform_lut

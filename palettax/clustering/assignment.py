@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import no_type_check
-
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from palettax._typing import Array
 from palettax.clustering.checks import float64_stays, vectors_of
-from palettax.clustering.exact import kernel, two_sum
+from palettax.clustering.exact import two_sum
 
-_two_sum = kernel(two_sum)
-
-# Distances to vectors are formed for this many weights at a time, never as one (n, k) array.
-BLOCK = 16384
+UNROLL = 8
+"""Entries that one compiled loop over the points compares."""
 
 
 @float64_stays
@@ -68,7 +63,8 @@ def assign(weights: Float[Array, "*shape"], lut: Float[Array, "*lut"]) -> UInt8[
     # Indices are constants to differentiation, and not every step to them has a derivative.
     weights, lut = (jax.lax.stop_gradient(jnp.asarray(a, dtype)) for a in (weights, lut))
     if lut.ndim == 2:
-        return _nearest_vectors(vectors_of(weights, lut.shape[1]), lut)
+        vectors = vectors_of(weights, lut.shape[1])
+        return nearest_vectors(vectors.reshape(-1, lut.shape[1]), None, lut).reshape(vectors.shape[:-1])
     order = jnp.argsort(lut)
     entries = lut[order]
     slot = jnp.searchsorted(_thresholds(entries), weights, side="left")
@@ -82,37 +78,69 @@ def _thresholds(lut: Float[jax.Array, " k"]) -> Float[jax.Array, " k-1"]:
     return jnp.where(error < 0, jnp.nextafter(middle, jnp.full_like(middle, -jnp.inf)), middle)
 
 
-def _nearest_vectors(vectors: Float[Array, "*shape d"], lut: Float[jax.Array, "k d"]) -> UInt8[jax.Array, "*shape"]:
-    def nearest(vector: jax.Array) -> jax.Array:
-        return jnp.argmin(jnp.sum((vector - lut) ** 2, axis=-1)).astype(jnp.uint8)
-
-    flat = vectors.reshape(-1, lut.shape[1])
-    return jax.lax.map(nearest, flat, batch_size=BLOCK).reshape(vectors.shape[:-1])
-
-
-@kernel
-@no_type_check
-def host_thresholds(lut):
-    """`_thresholds` on the host, in float64."""
-    thresholds = np.empty(lut.shape[0] - 1)
-    for a in range(lut.shape[0] - 1):
-        middle, error = _two_sum(lut[a] / 2, lut[a + 1] / 2)
-        thresholds[a] = np.nextafter(middle, -np.inf) if error < 0.0 else middle
-    return thresholds
+def assign_groups(
+    weights: Float[Array, "groups n *vector"],
+    lut: Float[Array, "groups k *vector"],
+    sensitivity: Float[Array, "groups n *vector"] | None,
+) -> UInt8[Array, "groups n"]:
+    """The entry of least weighted error for every weight, or vector of weights, of every group."""
+    if weights.ndim == 2:  # one weight has one sensitivity, which decides nothing
+        return jax.vmap(assign)(jnp.asarray(weights), jnp.asarray(lut))
+    axes = (0, None if sensitivity is None else 0, 0)
+    return jax.vmap(nearest_vectors, axes)(jnp.asarray(weights), sensitivity, jnp.asarray(lut))
 
 
-@kernel
-@no_type_check
-def host_assign(weights, lut, indices):
-    """`assign` on the host, for an ascending float64 lut; fills `indices`."""
-    thresholds = host_thresholds(lut)
-    first = np.searchsorted(lut, lut)
-    for i in range(weights.shape[0]):
-        low, high = 0, thresholds.shape[0]
-        while low < high:
-            middle = (low + high) // 2
-            if thresholds[middle] < weights[i]:
-                low = middle + 1
-            else:
-                high = middle
-        indices[i] = first[low]
+def nearest_vectors(
+    vectors: Float[Array, "m d"], sensitivity: Float[Array, "m d"] | None, lut: Float[Array, "k d"]
+) -> UInt8[jax.Array, " m"]:
+    """The entry of least error, weighted by coordinate, of every vector.
+
+    Among equals that of least plain error, then the lowest.
+    """
+    dtype = jnp.promote_types(jnp.promote_types(vectors.dtype, lut.dtype), jnp.float32)
+    mass = None if sensitivity is None else sensitivity.T.astype(dtype)
+    near, _ = nearest(vectors.T.astype(dtype), mass, lut.astype(dtype), plain_ties=mass is not None)
+    return near.astype(jnp.uint8)
+
+
+def squared_errors(
+    points: Float[Array, "d n"], mass: Float[Array, "d n"] | None, entry: Float[Array, " d"]
+) -> Float[jax.Array, " n"]:
+    """The weighted squared distance of every point to one entry."""
+    squares = [(x - e) ** 2 for x, e in zip(points, entry, strict=True)]
+    return sum(squares if mass is None else [w * s for w, s in zip(mass, squares, strict=True)])  # type: ignore
+
+
+def nearest(
+    points: Float[Array, "d n"],
+    mass: Float[Array, "d n"] | None,
+    lut: Float[Array, "k d"],
+    *,
+    plain_ties: bool = False,
+) -> tuple[Int[jax.Array, " n"], Float[jax.Array, " n"]]:
+    """The entry of least weighted error of every point, the lowest on ties, and that error.
+
+    Coordinates first: the compiled loop over entries then runs over neighbouring points, and no (n, k) array is made.
+    `plain_ties` lets the unweighted error decide between equals first.
+    """
+    k, unroll = lut.shape[0], min(UNROLL, lut.shape[0])
+    # A repeated last entry is never nearer than the last.
+    padded = jnp.pad(lut, ((0, -k % unroll), (0, 0)), mode="edge")
+    far = jnp.full(points.shape[1], jnp.inf, points.dtype)
+
+    def compare(chunk: jax.Array, state: tuple) -> tuple:
+        near, least, plain = state
+        entries = jax.lax.dynamic_slice_in_dim(padded, chunk * unroll, unroll)
+        for offset, entry in enumerate(entries):
+            error = squared_errors(points, mass, entry)
+            nearer = error < least
+            if plain_ties:
+                distance = squared_errors(points, None, entry)
+                nearer |= (error == least) & (distance < plain)
+                plain = jnp.where(nearer, distance, plain)
+            near = jnp.where(nearer, chunk * unroll + offset, near)
+            least = jnp.where(nearer, error, least)
+        return near, least, plain
+
+    start = (jnp.zeros(far.shape, jnp.int32), far, far if plain_ties else None)
+    return jax.lax.fori_loop(0, padded.shape[0] // unroll, compare, start)[:2]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from palettax._typing import Array, is_traced
-from palettax.clustering.assignment import host_assign
 from palettax.clustering.checks import FLOATS, as_host, check_finite, check_sensitivity, check_weights, lut_dtype
-from palettax.clustering.exact import exact_clusters, power_of_two
-from palettax.clustering.histogram import all_finite, is_mass, weighted_points
+from palettax.clustering.entries import slot_of, thresholds_of
+from palettax.clustering.exact import kernel
 from palettax.clustering.host import host_call
+from palettax.clustering.nodes import optimum, prepared, take_distinct
+from palettax.clustering.points import all_finite, is_mass, points
 
 
 def certify(
@@ -76,36 +79,53 @@ def _certify(*arrays: np.ndarray) -> None:
 def _excess(weights: np.ndarray, sensitivity: np.ndarray | None, lut: np.ndarray) -> float:
     if not (all_finite(weights) and np.isfinite(lut).all() and (sensitivity is None or is_mass(sensitivity))):
         return np.nan
-    (values, mass), _ = weighted_points(np.ascontiguousarray(weights), sensitivity)
-    values, mass = values[mass > 0], mass[mass > 0]
-    entries = np.sort(lut.astype(np.float64))
+    found = points(np.ascontiguousarray(weights), sensitivity)
+    last_bit = np.spacing(np.abs(lut).astype(np.promote_types(lut.dtype, np.float32))).astype(np.float64) / 2
+    order = np.argsort(lut, kind="stable")
     with np.errstate(over="ignore"):
-        last_bit = np.spacing(np.abs(entries).astype(np.promote_types(lut.dtype, np.float32))).astype(np.float64) / 2
-        # Tables within half an ulp of this one: with the means of its cells, and as near as may be to the optimum.
-        tables = [np.clip(_cell_means(values, mass, entries), entries - last_bit, entries + last_bit)]
-        bound, unit = 0.0, power_of_two(values)
-        if values.size > lut.size:
-            best = exact_clusters(values, mass, lut.size)
-            bound, unit = best.bound, best.unit
-            tables.append(np.clip(best.centroids, entries - last_bit, entries + last_bit))
-        inertia = min(_inertia(values, mass, table, unit) for table in tables)
-    if inertia == 0:
+        return float(_relative_excess(*found, lut.astype(np.float64)[order], last_bit[order]))
+
+
+@kernel
+@no_type_check
+def _relative_excess(values, mass, lut, last_bit):
+    """Inertia over the least inertia, less one; an entry may be off by its last bit."""
+    values, mass, scale, _ = prepared(values, mass)
+    lut, last_bit = lut / scale, last_bit / scale
+    # Tables within half an ulp of this one: with the means of its cells, and as near as may be to the optimum.
+    table = _cell_means(values, mass, lut)
+    inertia = _inertia(values, mass, np.minimum(np.maximum(table, lut - last_bit), lut + last_bit))
+    best, bound = np.empty(lut.shape[0]), 0.0
+    if not take_distinct(values, best):
+        _, bound, _ = optimum(values, mass, best)
+        inertia = min(inertia, _inertia(values, mass, np.minimum(np.maximum(best, lut - last_bit), lut + last_bit)))
+    if inertia == 0.0:
         return 0.0
-    return max(inertia / bound - 1, 0.0) if bound > 0 else np.inf
+    return max(inertia / bound - 1.0, 0.0) if bound > 0.0 else np.inf
 
 
-def _cell_means(values: np.ndarray, mass: np.ndarray, lut: np.ndarray) -> np.ndarray:
+@kernel
+@no_type_check
+def _cell_means(values, mass, lut):
     """The mean of each entry's cell; an entry without one stays."""
-    slots = np.empty(values.size, np.uint8)
-    host_assign(values, lut, slots)
-    weight = np.bincount(slots, mass, lut.size)
-    # A correction to the entry, not a mean from scratch: exact where the cell holds one value.
-    offset = np.bincount(slots, mass * (values - lut[slots]), lut.size)
-    return lut + np.divide(offset, weight, out=np.zeros_like(offset), where=weight > 0)
+    thresholds, first = thresholds_of(lut)
+    weight, offset = np.zeros(lut.shape[0]), np.zeros(lut.shape[0])
+    for i in range(values.shape[0]):
+        slot = first[slot_of(values[i], thresholds)]
+        here = mass[i] if mass.shape[0] else 1.0
+        weight[slot] += here
+        # A correction to the entry, not a mean from scratch: exact where the cell holds one value.
+        offset[slot] += here * (values[i] - lut[slot])
+    return lut + np.where(weight > 0.0, offset / np.where(weight > 0.0, weight, 1.0), 0.0)
 
 
-def _inertia(values: np.ndarray, mass: np.ndarray, lut: np.ndarray, unit: float) -> float:
-    """Σ mass · (value - nearest entry)², values in multiples of a unit."""
-    slots = np.empty(values.size, np.uint8)
-    host_assign(values, lut, slots)
-    return float(mass @ ((values - lut[slots]) / unit) ** 2)
+@kernel
+@no_type_check
+def _inertia(values, mass, lut):
+    """Σ mass · (value - nearest entry)²."""
+    thresholds, first = thresholds_of(lut)
+    total = 0.0
+    for i in range(values.shape[0]):
+        here = mass[i] if mass.shape[0] else 1.0
+        total += here * (values[i] - lut[first[slot_of(values[i], thresholds)]]) ** 2
+    return total

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from palettax._typing import NBITS, Array, is_traced
-from palettax.clustering.histogram import all_finite
+from palettax.clustering.points import all_finite
 
 FLOATS = [np.dtype(t) for t in (np.float16, jnp.bfloat16, np.float32, np.float64)]
 Method = Literal["exact", "lloyd"]
@@ -38,10 +38,19 @@ def check_weights(weights: Any) -> None:
         raise ValueError(f"weights {weights.shape} are empty; there is nothing to cluster: leave them out")
 
 
-def check_method(method: str) -> None:
-    """Refuse a way to cluster that there is not."""
-    if method not in get_args(Method):
+def resolve_method(method: str | None, vector_size: int, key: Array | None) -> Method:
+    """The way to cluster; refuses one that there is not, and vectors without a key."""
+    if method not in (None, *get_args(Method)):
         raise ValueError(f'method={method!r}; choose "exact" or "lloyd"')
+    if vector_size == 1:
+        return cast(Method, method or "exact")
+    if method == "exact":
+        raise ValueError(f'vector_size={vector_size} with method="exact"; vectors have no exact method: use "lloyd"')
+    if key is None:
+        raise ValueError(
+            f"vector_size={vector_size} without a key; vectors start at random: pass key=jax.random.key(0)"
+        )
+    return "lloyd"
 
 
 def as_host(array: Array) -> Array:

@@ -17,7 +17,8 @@ concave Monge property and applications", Discrete & Computational Geometry 12, 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, no_type_check
+import math
+from typing import Any, no_type_check
 
 import numba as nb
 import numpy as np
@@ -31,22 +32,11 @@ kernel: Any = njit(cache=True, nogil=True, error_model="numpy")
 MAX_PROBES = 64
 
 
-class Clustering(NamedTuple):
-    """An optimal clustering of sorted points.
-
-    Attributes:
-        centroids: (k,) float64, ascending: the weighted means.
-        cost: the inertia, in squares of `unit`.
-        bound: a lower bound on the inertia of every clustering into k, in the same; below `cost` by rounding only.
-        unit: about the spread of the values.
-        probes: how many penalties were tried.
-    """
-
-    centroids: np.ndarray
-    cost: float
-    bound: float
-    unit: float
-    probes: int
+@kernel
+@no_type_check
+def power_of_two(value):
+    """The power of two at or below a number ≥ 0; 0 for 0. Division by it is exact."""
+    return math.ldexp(1.0, math.frexp(value)[1] - 1) if value > 0.0 else 0.0
 
 
 @no_type_check
@@ -209,18 +199,6 @@ def _splice(short, long, k):
 
 @kernel
 @no_type_check
-def _first_penalty(values, mass, k):
-    """The slope -dC/dk of Panter and Dite's C(k) ≈ (∫ f^⅓)³ / (12 k²), f the density of the points."""
-    n = values.shape[0]
-    integral = 0.0
-    for i in range(n):
-        gap = 0.5 * (values[min(i + 1, n - 1)] - values[max(i - 1, 0)])
-        integral += np.cbrt(mass[i]) * np.cbrt(gap) ** 2
-    return (integral / k) ** 3 / 6.0
-
-
-@kernel
-@no_type_check
 def _path_cost(sums, boundaries):
     total = 0.0
     for a in range(boundaries.shape[0] - 1):
@@ -231,9 +209,14 @@ def _path_cost(sums, boundaries):
 
 @kernel
 @no_type_check
-def _search(values, mass, sums, k):
-    """Maximise the dual over the penalty; returns (boundaries, bound, probes)."""
+def optimal_path(values, mass, k, penalty):
+    """The best path of k links over ascending points, of which there are more than k.
+
+    Maximises the dual over the penalty, starting at the one given; returns (boundaries, cost, a lower bound on the cost
+    of every path of k links, the last penalty, probes). The bound is below the cost by rounding only.
+    """
     n = values.shape[0]
+    sums = _prefix_sums(values, mass)
     cost = np.empty(n + 1)
     parent = np.zeros(n + 1, np.int32)
     heads = np.empty(n + 1, np.int32)
@@ -241,7 +224,7 @@ def _search(values, mass, sums, k):
     # Brackets: at `low` paths have too many links, at `high` too few. All points apart and all in one are the first.
     low, long, long_cost = 0.0, np.arange(n + 1), 0.0
     high, short, short_cost = np.inf, np.array([0, n]), _link_cost(sums, 0, n)
-    penalty = min(_first_penalty(values, mass, k), short_cost)
+    penalty = min(penalty, short_cost)
     bound = 0.0
     for probe in range(1, MAX_PROBES + 1):
         value, links = _shortest_path(sums, penalty, cost, parent, heads, starts)
@@ -253,13 +236,14 @@ def _search(values, mass, sums, k):
             path = _walk(parent, links)
             inertia = _path_cost(sums, path)
             if penalty <= 4.0 * inertia:
-                return path, bound, probe
+                return path, inertia, bound, penalty, probe
             # The same path is optimal down to C(k) - C(k+1), and beside a far larger penalty its cost would drown.
             penalty = inertia
             continue
         if penalty == chord and (links >= long.shape[0] - 1 or links <= short.shape[0] - 1):
             # Nothing beats the ends of the chord on it, so every length between them ties.
-            return _splice(short, long, k), bound, probe
+            path = _splice(short, long, k)
+            return path, _path_cost(sums, path), bound, penalty, probe
         if links > k:
             low, long, long_cost = penalty, _walk(parent, links), value - penalty * links
         else:
@@ -276,57 +260,5 @@ def _search(values, mass, sums, k):
             penalty = low * (high / low) ** across
         else:
             penalty = np.sqrt(low * high)
-    return _splice(short, long, k), bound, MAX_PROBES
-
-
-@kernel
-@no_type_check
-def _centroids(values, mass, boundaries):
-    """The weighted mean of every interval, and their squared errors in all, from the points themselves."""
-    k = boundaries.shape[0] - 1
-    centroids = np.empty(k)
-    total = 0.0
-    for a in range(k):
-        origin = values[boundaries[a]]
-        weight, offset = 0.0, 0.0
-        for i in range(boundaries[a], boundaries[a + 1]):
-            weight += mass[i]
-            offset += mass[i] * (values[i] - origin)
-        centroids[a] = origin + offset / weight
-        for i in range(boundaries[a], boundaries[a + 1]):
-            total += mass[i] * (values[i] - centroids[a]) ** 2
-    return centroids, total
-
-
-@kernel
-@no_type_check
-def _solve(values, mass, k):
-    sums = _prefix_sums(values, mass)
-    boundaries, bound, probes = _search(values, mass, sums, k)
-    centroids, cost = _centroids(values, mass, boundaries)
-    return centroids, cost, bound, probes
-
-
-def power_of_two(values: np.ndarray) -> float:
-    """A power of two within a factor two of the largest magnitude: division is exact and keeps squares in range."""
-    return float(2.0 ** (np.frexp(np.abs(values).max())[1] - 1))
-
-
-def exact_clusters(values: np.ndarray, mass: np.ndarray, k: int) -> Clustering:
-    """The optimal clustering of weighted points on a line into k intervals.
-
-    Optimal to rounding while squared errors stay above 1e-28 of Σ mass · (value - median)²; `bound` is lowered by what
-    rounding may have added to it, so that it holds beyond that too.
-
-    Args:
-        values: (n,) float64, strictly ascending, finite.
-        mass: (n,) float64, positive, at most 2.
-        k: the number of clusters, at least 1; n > k.
-    """
-    # Powers of two and a difference of neighbours in size: exact, or off by no more than the values' own last bit.
-    scale = power_of_two(values)
-    origin = values[values.size // 2] / scale
-    points = values / scale - origin
-    spread = power_of_two(points)
-    centroids, cost, bound, probes = _solve(points / spread, mass, k)
-    return Clustering((centroids * spread + origin) * scale, cost, bound, spread * scale, probes)
+    path = _splice(short, long, k)
+    return path, _path_cost(sums, path), bound, penalty, MAX_PROBES

@@ -8,7 +8,9 @@ in flight as there are cores, none of them ever returns.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any
 
@@ -42,6 +44,18 @@ def host_call(function: HostFunction, results: Sequence[jax.ShapeDtypeStruct], *
     # Buffers on an accelerator are out of a CPU handler's reach; there the copy is made on threads of its own.
     fallback = partial(jax.pure_callback, partial(_call, function, results), batched, vmap_method="broadcast_all")
     return jax.lax.platform_dependent(*args, cpu=custom_call, default=fallback)
+
+
+def in_threads(function: Callable[[Any], None], tasks: Sequence[Any]) -> None:
+    """Call a function that holds no GIL on every task, on all cores."""
+    threads = min(len(tasks), os.cpu_count() or 1)
+    if threads == 1:
+        for task in tasks:
+            function(task)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(function, tasks):
+            pass
 
 
 def _call(function: HostFunction, results: Sequence[jax.ShapeDtypeStruct], *args: Array) -> list[np.ndarray]:

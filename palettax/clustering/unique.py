@@ -10,7 +10,7 @@ from palettax._typing import NBITS, Array, is_traced
 from palettax.clustering.assignment import assign, lookup
 from palettax.clustering.checks import check_finite, check_nbits, check_weights, float64_stays, lut_dtype
 from palettax.clustering.fit import LutFit
-from palettax.clustering.histogram import histogram
+from palettax.clustering.points import distinct_count
 
 
 @float64_stays
@@ -57,7 +57,7 @@ def smallest_nbits(weights: Float[Array, "*shape"]) -> int:
     """The fewest bits whose entries hold every distinct value; the widest there is when none does."""
     if is_traced(weights):
         raise ValueError("nbits=None counts distinct values, which are unknown under jit; pass nbits")
-    return nbits_for(histogram(np.asarray(weights).reshape(-1), None).values.size)
+    return nbits_for(distinct_count(np.asarray(weights).reshape(-1)))
 
 
 def nbits_for(entries: int) -> int:

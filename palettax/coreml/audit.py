@@ -15,6 +15,7 @@ from palettax.coreml.package import op_name, open_model, operations
 from palettax.coreml.read import read_palettes
 from palettax.leaf import PalettizedArray, is_palettized
 from palettax.torch.names import flatten_names
+from palettax.torch.plain import check_plain
 
 _MIN_WEIGHT = 10
 
@@ -88,7 +89,7 @@ def audit(mlmodel: ct.models.MLModel | str | Path, palettized: Mapping[str, Any]
         The comparison, on raw bits; print it to read it.
 
     Raises:
-        ValueError: as in `read_palettes`.
+        ValueError: as in `read_palettes`, or a leaf with a mask or a lut of levels, which no package of ours holds.
     """
     mlmodel = open_model(mlmodel)
     palettes = read_palettes(mlmodel)
@@ -107,6 +108,7 @@ def _ops_of(name: str) -> tuple[str, ...]:
 
 def _compare(name: str, ours: PalettizedArray, palettes: Mapping[str, PalettizedArray]) -> LeafAudit:
     """One leaf beside its table."""
+    check_plain(name, ours, blocked_scale=True)
     found = next((key for key in (name, *_ops_of(name)) if key in palettes), None)
     if found is None:
         return LeafAudit()

@@ -36,8 +36,8 @@ def same_bits(one: Any, other: Any) -> bool:
 def same(one: PalettizedArray, other: PalettizedArray) -> bool:
     """Whether two palettized weights are the same in every part."""
     static = (one.nbits, one.vector_axis) == (other.nbits, other.vector_axis)
-    parts = ((one.lut, other.lut), (one.indices, other.indices), (one.scale, other.scale))
-    return static and all(same_bits(*pair) for pair in parts)
+    parts = ("lut", "indices", "scale", "mask", "kept")
+    return static and all(same_bits(getattr(one, part), getattr(other, part)) for part in parts)
 
 
 def same_after_rounding(ours: PalettizedArray, found: PalettizedArray) -> bool:
@@ -49,7 +49,7 @@ def rounded(leaf: PalettizedArray, dtype: Any) -> PalettizedArray:
     """The leaf in the dtype of a package, as NumPy arrays.
 
     Args:
-        leaf: a palettized weight.
+        leaf: a palettized weight without a mask, its table in its own dtype.
         dtype: float16 or float32.
 
     Returns:

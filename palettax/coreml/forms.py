@@ -8,6 +8,7 @@ import coremltools as ct
 
 from palettax.leaf import PalettizedArray
 from palettax.torch.names import nearest
+from palettax.torch.plain import check_plain
 
 _PACKED_NBITS = (1, 2, 4, 6, 8)
 
@@ -48,6 +49,7 @@ def check_forms(leaves: Mapping[str, PalettizedArray], target: ct.target) -> Non
         ValueError: naming the leaf, its form, and what to do about it.
     """
     for name, leaf in leaves.items():
+        check_plain(name, leaf, blocked_scale=True)
         if leaf.scale is not None and target < ct.target.iOS26:
             raise ValueError(
                 f"{name}: it has a scale of shape {tuple(leaf.scale.shape)}, and {target.name} keeps no scale "

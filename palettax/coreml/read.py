@@ -89,10 +89,6 @@ def _read(op: Op) -> PalettizedArray:
         lut, scale = _dequantize(op, lut, scale, offset, axis), None
     elif offset is not None:
         raise ValueError(f"{op_name(op.name)}: a float table with an offset is no PalettizedArray; decompress it")
-    if scale is not None:
-        vectors = [lut.shape[-1] if a == axis else 1 for a in range(indices.ndim)]
-        shape = [n * v for n, v in zip(indices.shape, vectors, strict=True)]
-        scale = _spread(scale, [1 if s == 1 else n for s, n in zip(scale.shape, shape, strict=True)])
     nbits = lut.shape[-2].bit_length() - 1
     return PalettizedArray(lut, indices, scale, nbits=nbits, vector_axis=axis).validate()
 

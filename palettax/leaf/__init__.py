@@ -1,9 +1,12 @@
 """One leaf: the data type, its granularity and its packing."""
 
+from palettax.leaf.blocks import merge_blocks as merge_blocks
+from palettax.leaf.blocks import split_blocks as split_blocks
+from palettax.leaf.dense import level_numbers as level_numbers
+from palettax.leaf.dense import multiply_scales as multiply_scales
 from palettax.leaf.granularity import PER_TENSOR as PER_TENSOR
 from palettax.leaf.granularity import Granularity as Granularity
-from palettax.leaf.granularity import merge_blocks as merge_blocks
-from palettax.leaf.granularity import split_blocks as split_blocks
+from palettax.leaf.granularity import channel_axes as channel_axes
 from palettax.leaf.packing import pack as pack
 from palettax.leaf.packing import packed_size as packed_size
 from palettax.leaf.packing import unpack as unpack

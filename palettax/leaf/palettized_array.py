@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Num, UInt8
 
-from palettax._typing import NBITS, Array, Tree, is_traced
+from palettax._typing import Array, Tree
+from palettax.leaf import dense
+from palettax.leaf.blocks import join_vectors
+from palettax.leaf.invariants import check_mask, check_scale, check_tables, has_values, indices_stored
 from palettax.leaf.packing import packed_size
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("lut", "indices", "scale"),
+    data_fields=("lut", "indices", "scale", "mask", "kept"),
     meta_fields=("nbits", "vector_axis", "dtype"),
 )
 @dataclasses.dataclass(frozen=True)
 class PalettizedArray:
-    """A weight tensor stored as `weight = lut[group, indices] · scale`.
+    """A weight tensor stored as `weight = lut[group, indices] · scale`, and `kept` values where `mask` is False.
 
     Invariants, with r the rank and k = 2^nbits (`validate` checks them):
 
@@ -33,10 +36,17 @@ class PalettizedArray:
     - `lut` has shape `(*groups, k, vector_size)` and rank r + 2. `groups[a]` divides `indices.shape[a]`: axis a is cut
       into that many equal consecutive blocks and each block has a table of its own.
     - `vector_size` is 1 exactly when `vector_axis` is None.
-    - `scale` is None, or has rank r and broadcasts to the weight.
-    - `lut` (and `scale`) have the dtype of the weight, which `dtype` names.
+    - `dtype` is the float dtype of the weight, and of `scale` and `kept`.
+    - `lut` has that dtype too, or holds levels: int8, uint8, float8_e4m3fn or float8_e5m2. Levels need a `scale`, and
+      `dtype` passed by name. A level stands for level · scale, a uint8 one for (level - 128) · scale.
+    - `scale` is None, or has rank r: `scale.shape[a]` divides the weight's axis a, which is cut into that many equal
+      consecutive blocks (Core ML's blockwise scale). Lengths of 1 and of the whole axis are blocks as others are.
+    - `mask` is None, or bool of the weight's shape: False where the weight is not from the table. There `indices` is 0.
+      It goes with scalars only (`vector_size` 1).
+    - `kept` needs a `mask`. It is one row, the weights at its Falses in row-major order; None: all of them are zero.
 
-    A pytree of `lut`, `indices` and `scale`; the rest is static, so it passes through `jit`, `vmap` and `tree_map`.
+    A pytree of `lut`, `indices`, `scale`, `mask` and `kept`; the rest is static, so it passes through `jit`, `vmap` and
+    `tree_map`.
 
     Example:
         >>> import numpy as np, palettax as px
@@ -46,17 +56,19 @@ class PalettizedArray:
         [[-1.0, 0.5, 0.5]]
     """
 
-    lut: Float[Array, "*groups k vector"]
+    lut: Num[Array, "*groups k vector"]
     indices: UInt8[Array, "*shape"]
     scale: Float[Array, "*scale"] | None = None
     nbits: int = dataclasses.field(kw_only=True)
     vector_axis: int | None = dataclasses.field(kw_only=True, default=None)
     dtype: Any = dataclasses.field(kw_only=True, default=None)
+    mask: Bool[Array, "*weight"] | None = dataclasses.field(kw_only=True, default=None)
+    kept: Float[Array, "*kept"] | None = dataclasses.field(kw_only=True, default=None)
 
     def __post_init__(self) -> None:
         # JAX rebuilds the dataclass around placeholders: only a real table knows its dtype.
-        if self.dtype is None and hasattr(self.lut, "dtype"):
-            object.__setattr__(self, "dtype", np.dtype(self.lut.dtype))
+        dtype = getattr(self.lut, "dtype", None) if self.dtype is None else self.dtype
+        object.__setattr__(self, "dtype", None if dtype is None else np.dtype(dtype))
 
     @property
     def vector_size(self) -> int:
@@ -88,13 +100,18 @@ class PalettizedArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes when stored: packed indices, tables and scales."""
-        floats = math.prod(self.lut.shape) + (0 if self.scale is None else math.prod(self.scale.shape))
-        return packed_size(math.prod(self.indices.shape), self.nbits) + floats * np.dtype(self.dtype).itemsize
+        """Bytes when stored: packed indices, those outside a mask left out; the mask in bits; all else as it is.
+
+        Where the mask has no values (under `jit`), its Falses are counted by `kept`, or else as if there were none.
+        """
+        indices = packed_size(indices_stored(self.mask, self.kept, self.indices), self.nbits)
+        mask = 0 if self.mask is None else packed_size(math.prod(self.mask.shape), 1)
+        rest = [part for part in (self.lut, self.scale, self.kept) if part is not None]
+        return indices + mask + sum(math.prod(part.shape) * np.dtype(part.dtype).itemsize for part in rest)
 
     @property
     def bits_per_weight(self) -> float:
-        """8·nbytes / size: what a weight costs, tables and scales included."""
+        """8·nbytes / size: what a weight costs, everything that is stored included."""
         return 8 * self.nbytes / max(self.size, 1)
 
     def validate(self) -> PalettizedArray:
@@ -106,48 +123,21 @@ class PalettizedArray:
         Raises:
             ValueError: naming the invariant that does not hold and what was found.
         """
-        if self.nbits not in NBITS:
-            raise ValueError(f"nbits={self.nbits!r}; Core ML holds {NBITS}")
-        lut, indices, k = self.lut, self.indices, 2**self.nbits
-        rank = len(indices.shape)
-        if len(lut.shape) != rank + 2:
-            raise ValueError(
-                f"lut {lut.shape} must have the rank of indices {indices.shape} plus 2: (*groups, k, vector)"
-            )
-        if lut.shape[-2] != k:
-            raise ValueError(f"lut {lut.shape} has {lut.shape[-2]} entries; nbits={self.nbits} needs {k}")
-        for axis, (groups, length) in enumerate(zip(self.groups, indices.shape, strict=True)):
-            if groups < 1 or length % groups:
-                raise ValueError(f"{groups} groups do not divide axis {axis} of indices {indices.shape}")
-        if (self.vector_size == 1) != (self.vector_axis is None):
-            raise ValueError(f"vector_size={self.vector_size} with vector_axis={self.vector_axis}: set both or neither")
-        if self.vector_axis is not None and not 0 <= self.vector_axis < rank:
-            raise ValueError(f"vector_axis={self.vector_axis} is not an axis of indices {indices.shape}")
-        if np.dtype(indices.dtype) != np.uint8:
-            raise ValueError(f"indices are {indices.dtype}; they must be uint8")
-        if not jnp.issubdtype(lut.dtype, jnp.floating) or np.dtype(lut.dtype) != np.dtype(self.dtype):
-            raise ValueError(f"lut is {lut.dtype}; it must be floating and of the weight's dtype {self.dtype}")
-        if self.scale is not None and np.dtype(self.scale.dtype) != np.dtype(self.dtype):
-            raise ValueError(f"scale is {self.scale.dtype}; it must be of the weight's dtype {self.dtype}")
-        if self.scale is not None and len(self.scale.shape) != rank:
-            raise ValueError(f"scale {self.scale.shape} must have the rank of the weight {self.shape}")
-        if self.scale is not None and np.broadcast_shapes(self.scale.shape, self.shape) != self.shape:
-            raise ValueError(f"scale {self.scale.shape} does not broadcast to the weight {self.shape}")
-        if not is_traced(indices) and indices.size and int(np.asarray(indices).max()) >= k:
-            raise ValueError(f"index {int(np.asarray(indices).max())} is outside the {k} entries of the lut")
+        check_tables(self.lut, self.indices, self.nbits, self.vector_axis)
+        check_scale(self.lut, self.scale, self.shape, self.dtype)
+        check_mask(self.mask, self.kept, self.indices, self.vector_size, self.dtype)
         return self
 
     def depalettize(self) -> Float[Array, ...]:
-        """The dense weight, `lut[group, indices] · scale`, in `dtype`; NumPy when every part is NumPy."""
-        xp = np if isinstance(self.lut, np.ndarray) and isinstance(self.indices, np.ndarray) else jnp
+        """The dense weight in `dtype`, computed in it; NumPy when every part is NumPy."""
+        xp = np if all(isinstance(part, np.ndarray) for part in jax.tree.leaves(self)) else jnp
         k, vector_size = self.lut.shape[-2:]
-        group = xp.zeros((1,) * self.ndim, np.int32)
-        for axis, (groups, length) in enumerate(zip(self.groups, self.indices.shape, strict=True)):
-            block = xp.arange(length, dtype=np.int32) // (length // groups)
-            group = group * groups + block.reshape([-1 if a == axis else 1 for a in range(self.ndim)])
-        weight = self.lut.reshape(-1, vector_size)[group * k + self.indices]
-        weight = weight[..., 0] if self.vector_axis is None else _join_vectors(xp, weight, self.vector_axis)
-        return weight if self.scale is None else weight * self.scale
+        group = dense.group_numbers(xp, self.groups, self.indices.shape)
+        weight = dense.level_numbers(xp, self.lut, self.dtype).reshape(-1, vector_size)[group * k + self.indices]
+        weight = weight[..., 0] if self.vector_axis is None else join_vectors(weight, self.vector_axis)
+        if self.scale is not None:
+            weight = dense.multiply_blocks(weight, self.scale)
+        return weight if self.mask is None else dense.fill_kept(xp, weight, self.mask, self.kept)
 
     def transpose(self, *axes: int) -> PalettizedArray:
         """Reorder the axes of the weight; nothing is clustered or looked up again.
@@ -156,6 +146,9 @@ class PalettizedArray:
 
         Args:
             axes: a permutation of `range(ndim)`; none at all reverses the axes, as in NumPy.
+
+        Raises:
+            ValueError: no permutation, or kept values whose mask is traced, so that their order is not known.
         """
         order = tuple(a + self.ndim if a < 0 else a for a in axes) or tuple(reversed(range(self.ndim)))
         if sorted(order) != list(range(self.ndim)):
@@ -166,6 +159,8 @@ class PalettizedArray:
             indices=self.indices.transpose(order),
             scale=None if self.scale is None else self.scale.transpose(order),
             vector_axis=None if self.vector_axis is None else order.index(self.vector_axis),
+            mask=None if self.mask is None else self.mask.transpose(order),
+            kept=self._moved_kept(lambda places: places.transpose(order)),
         )
 
     def take(self, order: Sequence[int] | np.ndarray, axis: int) -> PalettizedArray:
@@ -178,7 +173,8 @@ class PalettizedArray:
             axis: the axis.
 
         Raises:
-            ValueError: the order would tear apart a group or a vector along that axis, so no table could hold it.
+            ValueError: the order would tear apart a group, a vector or a block of the scale along that axis, so that
+                no table or scale could hold it; or kept values whose mask is traced.
         """
         if not -self.ndim <= axis < self.ndim:
             raise ValueError(f"axis={axis} is not an axis of {self.shape}")
@@ -188,35 +184,29 @@ class PalettizedArray:
         if sorted(order.tolist()) != list(range(length)):
             raise ValueError(f"order is not a permutation of the {length} elements on axis {axis}")
         vector_size = self.vector_size if axis == self.vector_axis else 1
-        vectors = _whole_blocks(order, length // vector_size, axis, "vectors")
-        whole = _whole_blocks(order, groups, axis, "groups", ordered=False)
+        vectors = dense.whole_blocks(order, length // vector_size, axis, "vectors")
+        whole = dense.whole_blocks(order, groups, axis, "groups", ordered=False)
         scale = self.scale
-        if scale is not None and scale.shape[axis] > 1:
-            scale = scale.take(order, axis=axis)
+        if scale is not None:
+            scaled = dense.whole_blocks(order, scale.shape[axis], axis, "blocks of the scale", ordered=False)
+            scale = scale.take(scaled, axis=axis)
         return dataclasses.replace(
-            self, lut=self.lut.take(whole, axis=axis), indices=self.indices.take(vectors, axis=axis), scale=scale
+            self,
+            lut=self.lut.take(whole, axis=axis),
+            indices=self.indices.take(vectors, axis=axis),
+            scale=scale,
+            mask=None if self.mask is None else self.mask.take(order, axis=axis),
+            kept=self._moved_kept(lambda places: places.take(order, axis=axis)),
         )
 
-
-def _whole_blocks(order: np.ndarray, blocks: int, axis: int, noun: str, ordered: bool = True) -> np.ndarray:
-    """Which old block each of `blocks` new consecutive blocks is; refuses an order that mixes them."""
-    size = order.size // blocks
-    rows = order.reshape(blocks, size)
-    if not ordered:
-        rows = np.sort(rows, axis=1)
-    if (rows != rows[:, :1] // size * size + np.arange(size)).any():
-        raise ValueError(
-            f"reordering axis {axis} would tear its {blocks} {noun} of {size} apart; palettize along another axis"
-        )
-    return rows[:, 0] // size
-
-
-def _join_vectors(xp: Any, vectors: Array, axis: int) -> Array:
-    """(..., d, ..., v) with the vector last -> (..., d·v, ...) with the vector laid out along `axis`."""
-    moved = xp.moveaxis(vectors, -1, axis + 1)
-    shape = list(moved.shape)
-    shape[axis : axis + 2] = [shape[axis] * shape[axis + 1]]
-    return moved.reshape(shape)
+    def _moved_kept(self, move: Callable[[np.ndarray], np.ndarray]) -> Array | None:
+        """The kept values in their new order, when `move` is what becomes of the weights."""
+        if self.kept is None or self.mask is None:
+            return self.kept
+        if not has_values(self.mask):
+            raise ValueError("kept values cannot be put in order while the mask is traced; move the leaf outside jit")
+        mask = np.asarray(self.mask)
+        return self.kept[dense.kept_order(mask, move(np.arange(mask.size).reshape(mask.shape)))]
 
 
 def is_palettized(leaf: Any) -> bool:
@@ -225,7 +215,7 @@ def is_palettized(leaf: Any) -> bool:
 
 
 def depalettize(tree: Tree) -> Tree:
-    """Replace every `PalettizedArray` of a tree by its dense weight, `lut[indices]`.
+    """Replace every `PalettizedArray` of a tree by its dense weight, `lut[indices] · scale`.
 
     Args:
         tree: any pytree; leaves that are not palettized are passed on untouched.

@@ -11,6 +11,7 @@ import torch
 
 from palettax.leaf import PalettizedArray, depalettize, is_palettized
 from palettax.torch.names import flatten_names, nearest, owner_and_attribute
+from palettax.torch.plain import check_plain
 from palettax.torch.state_dict import VERSION, metadata, metadata_prefix, metadata_version
 from palettax.torch.tensors import numpy_dtype, to_numpy, to_tensor
 
@@ -29,7 +30,8 @@ def load_into(model: torch.nn.Module, palettized: Mapping[str, Any]) -> torch.nn
         The same module.
 
     Raises:
-        ValueError: a name that the model does not have, a shape that differs, or two values for one tied parameter.
+        ValueError: a name that the model does not have, a shape that differs, two values for one tied parameter, or a
+            leaf with a mask, a lut of levels or a scale in blocks, for which there are no buffers.
 
     Example:
         >>> lut = np.array([-1.0, 0.5], np.float32).reshape(1, 1, 2, 1)
@@ -37,6 +39,9 @@ def load_into(model: torch.nn.Module, palettized: Mapping[str, Any]) -> torch.nn
         >>> load_into(torch.nn.Linear(3, 1, bias=False), {"weight": leaf}).weight.tolist()
         [[-1.0, 0.5, 0.5]]
     """
+    for name, leaf in flatten_names(palettized).items():
+        if is_palettized(leaf):
+            check_plain(name, leaf, blocked_scale=False)
     written = write_weights(model, palettized)
     aliases = names_by_tensor(model)
     for name, leaf in written.items():
@@ -109,8 +114,12 @@ def _cast(leaf: PalettizedArray, dtype: np.dtype) -> PalettizedArray:
     """The same indices over a table of another dtype."""
     if leaf.dtype == dtype:
         return leaf
-    scale = None if leaf.scale is None else leaf.scale.astype(dtype)
-    return dataclasses.replace(leaf, lut=leaf.lut.astype(dtype), scale=scale, dtype=dtype)
+    floats = {"lut": leaf.lut, "scale": leaf.scale, "kept": leaf.kept}
+    # Levels stay what they are: the scale behind them carries the dtype.
+    cast = {
+        part: array.astype(dtype) for part, array in floats.items() if array is not None and array.dtype == leaf.dtype
+    }
+    return dataclasses.replace(leaf, **cast, dtype=dtype)
 
 
 def _register(model: torch.nn.Module, name: str, leaf: PalettizedArray) -> None:

@@ -13,6 +13,7 @@ from palettax._typing import NBITS
 from palettax.leaf import PalettizedArray, is_palettized
 from palettax.torch.match import match_indices
 from palettax.torch.names import flatten_names, owner_and_attribute
+from palettax.torch.plain import broadcasts, check_plain
 from palettax.torch.tensors import to_numpy, to_tensor
 
 VERSION = "_COREML_/metadata_version"
@@ -71,7 +72,8 @@ def to_state_dict(palettized: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         `conv._COREML_/weight/{compression_type,lut,vector_axis,palettization_scale}`.
 
     Raises:
-        ValueError: two leaves of one name, or a dtype that torch does not have.
+        ValueError: two leaves of one name, a dtype that torch does not have, or a leaf with a mask, a lut of levels or
+            a scale in blocks, for which there are no buffers.
 
     Example:
         >>> lut = np.array([-1.0, 0.5], np.float32).reshape(1, 1, 2, 1)
@@ -103,7 +105,11 @@ def metadata(name: str, parameter: str, leaf: PalettizedArray) -> dict[str, torc
 
     Returns:
         Tensors by buffer name.
+
+    Raises:
+        ValueError: the leaf is in a form for which there are no buffers.
     """
+    check_plain(name, leaf, blocked_scale=False)
     fields = {"compression_type": np.array([_PALETTIZED], np.int64), "lut": leaf.lut}
     if leaf.vector_axis is not None:
         fields["vector_axis"] = np.array(leaf.vector_axis, np.int64)
@@ -135,6 +141,11 @@ def _palettized(name: str, weight: np.ndarray, fields: dict[str, np.ndarray]) ->
     scale = fields.get("palettization_scale")
     if scale is not None:
         scale = scale.astype(weight.dtype).reshape(scale.shape + (1,) * (weight.ndim - scale.ndim))
+        if scale.ndim != weight.ndim or not broadcasts(scale.shape, weight.shape):
+            raise ValueError(
+                f"{name}: a palettization_scale of shape {scale.shape} does not broadcast to {weight.shape}; "
+                "remove its _COREML_ buffers to read it as a dense weight"
+            )
     vectors = [lut.shape[-1] if a == axis else 1 for a in range(weight.ndim)]
     if any(n % (v * g) for n, v, g in zip(weight.shape, vectors, lut.shape[:-2], strict=True)):
         raise ValueError(f"{name}: a lut of shape {lut.shape} does not divide the weight {weight.shape}")

@@ -2,6 +2,7 @@
 
 from palettax.transforms.base import PaletteTransformation as PaletteTransformation
 from palettax.transforms.base import identity as identity
+from palettax.transforms.channel_scale import with_channel_scale as with_channel_scale
 from palettax.transforms.combining import by_path as by_path
 from palettax.transforms.combining import chain as chain
 from palettax.transforms.combining import masked as masked
@@ -10,3 +11,5 @@ from palettax.transforms.hard import custom as custom
 from palettax.transforms.hard import kmeans as kmeans
 from palettax.transforms.hard import uniform as uniform
 from palettax.transforms.hard import unique as unique
+from palettax.transforms.narrow import quantize_lut as quantize_lut
+from palettax.transforms.zeros import keep_zeros as keep_zeros

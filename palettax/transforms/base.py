@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from palettax._paths import leaf_names
-from palettax._typing import Tree
-from palettax.leaf import depalettize, is_palettized
+from palettax._paths import identity_of, leaf_names
+from palettax._typing import Tree, is_traced
+from palettax.leaf import PalettizedArray, depalettize, is_palettized
 
 
 class UpdateFunction(Protocol):
@@ -62,10 +63,13 @@ def is_node(leaf: Any) -> bool:
 
 
 def map_leaves(function: Callable[..., Any], params: Tree, *rest: Tree | None) -> Tree:
-    """Apply `function(leaf, *rest_leaves)` to every leaf; errors name the leaf.
+    """Apply `function(name, leaf, *rest_leaves)` to every leaf; errors name the leaf.
+
+    A leaf that stands in several places, such as a tied embedding, is given to the function once, under its first name
+    and with the sum of what `rest` has for it, and the result stands in all of them.
 
     Args:
-        function: of one leaf and the leaves of `rest` (sensitivities) at its place.
+        function: of the path of a leaf, the leaf, and the leaves of `rest` (sensitivities) at its place.
         params: the tree. Hidden leaves pass through.
         rest: trees of its structure; None gives None for every leaf.
 
@@ -73,17 +77,41 @@ def map_leaves(function: Callable[..., Any], params: Tree, *rest: Tree | None) -
         ValueError: what the function raised, with the leaf's path, shape and dtype in front; or another structure.
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_node)
+    leaves = [leaf for _, leaf in paths]
     columns = [[None] * len(paths) if tree is None else aligned(treedef, tree, "sensitivity") for tree in rest]
     names = leaf_names([path for path, _ in paths])
-    results = []
-    for name, (_, leaf), *others in zip(names, paths, *columns, strict=True):
+    ties: dict[Any, list[int]] = {}
+    for place, leaf in enumerate(leaves):
+        ties.setdefault(identity_of(leaf), []).append(place)
+    results = list(leaves)
+    for places in ties.values():
+        name, leaf = names[places[0]], leaves[places[0]]
+        if isinstance(leaf, MaskedNode):
+            continue
         try:
-            results.append(leaf if isinstance(leaf, MaskedNode) else function(leaf, *others))
+            result = function(name, leaf, *(_sum([column[place] for place in places]) for column in columns))
         except ValueError as error:
             shape = tuple(getattr(leaf, "shape", ()))
             dtype = getattr(leaf, "dtype", type(leaf).__name__)
             raise ValueError(f"leaf '{name}' {shape} {dtype}: {error}") from error
+        for place in places:
+            results[place] = result
     return jax.tree.unflatten(treedef, results)
+
+
+def _sum(sensitivities: list[Any]) -> Any:
+    """What all places of a tied leaf contribute, the same array counted once."""
+    distinct = list({identity_of(s): s for s in sensitivities if s is not None}.values())
+    return sum(distinct[1:], distinct[0]) if distinct else None
+
+
+def placed_like(weights: Any, small: PalettizedArray) -> PalettizedArray:
+    """The leaf with its indices spread over devices as the weights are; those of vectors stay together."""
+    if is_traced(weights) or not isinstance(weights, jax.Array) or len(weights.sharding.device_set) == 1:
+        return small
+    if small.vector_size > 1:
+        return small
+    return dataclasses.replace(small, indices=jax.device_put(small.indices, weights.sharding))
 
 
 def aligned(treedef: Any, tree: Tree, name: str) -> list[Any]:

@@ -10,7 +10,8 @@ import jax
 from palettax._paths import leaf_names
 from palettax._typing import Tree
 from palettax.leaf import depalettize, is_palettized
-from palettax.transforms.base import MaskedNode, PaletteTransformation, aligned, identity, is_node
+from palettax.transforms.base import MaskedNode, PaletteTransformation, aligned, identity, is_node, map_leaves
+from palettax.transforms.elements import hide_elements, is_element_mask, keep_elements, weigh_elements
 
 
 def chain(*transforms: PaletteTransformation) -> PaletteTransformation:
@@ -47,11 +48,19 @@ def chain(*transforms: PaletteTransformation) -> PaletteTransformation:
 
 
 def masked(inner: PaletteTransformation, mask: Tree | Callable[[Tree], Tree]) -> PaletteTransformation:
-    """Apply a transform to some leaves and pass the others through.
+    """Apply a transform to some leaves, or to some elements of them, and pass the others through.
+
+    Elements that are left out keep their values and have no say in the table. A palettized leaf stores which they are
+    in a bitmap, and their values unless all are zero.
 
     Args:
         inner: the transform.
-        mask: a tree of bools of the structure of params, or a function from params to one; True means "transform it".
+        mask: a tree of the structure of params, or a function from params to one; True means "transform it". Each of
+            its leaves is a bool, or an array of bools of the shape of the leaf of params: one for every element.
+
+    Raises:
+        ValueError: from `update` and `finalize`: an array of bools of another shape than the leaf, or for vectors,
+            whose elements share an index.
 
     Example:
         >>> import jax, palettax as px
@@ -59,23 +68,50 @@ def masked(inner: PaletteTransformation, mask: Tree | Callable[[Tree], Tree]) ->
         >>> small = px.palettize(weights, px.masked(px.kmeans(4), {"a": True, "b": False}))
         >>> type(small["a"]).__name__, small["b"].shape
         ('PalettizedArray', (64, 64))
+        >>> small = px.palettize(weights, px.masked(px.kmeans(4), {"a": abs(weights["a"]) < 3, "b": False}))
+        >>> bool((small["a"].depalettize() == weights["a"])[abs(weights["a"]) >= 3].all())
+        True
     """
 
     def select(params: Tree, tree: Tree | None, name: str = "sensitivity") -> Tree | None:
-        keep = mask(_shapes(params)) if callable(mask) else mask
-        return _hide(params, keep, tree, name)
+        return _hide(params, _resolved(mask, params), tree, name)
+
+    def seen(params: Tree, sensitivity: Tree | None) -> tuple[Tree, Tree | None]:
+        """What the inner transform sees: hidden leaves and elements are out of its sight."""
+        visible, keep = select(params, params), _resolved(mask, params)
+        if not any(map(is_element_mask, jax.tree.leaves(keep))):
+            return visible, select(params, sensitivity)
+        dense = map_leaves(lambda name, w, k: depalettize(w) if is_element_mask(k) else w, params, keep)
+        mass = map_leaves(lambda name, w, k, s: weigh_elements(s, w, k), dense, keep, sensitivity)
+        hidden = map_leaves(lambda name, w, k: hide_elements(w, k), dense, keep)
+        return select(params, hidden), select(params, mass)
+
+    def back(params: Tree, inside: Tree) -> Tree:
+        """What became of what was seen, beside what was not."""
+        keep = _resolved(mask, params)
+        if any(map(is_element_mask, jax.tree.leaves(keep))):
+            inside = map_leaves(lambda name, leaf, w, k: keep_elements(leaf, w, k), inside, depalettize(params), keep)
+        return _restore(params, inside)
 
     def init(params: Tree) -> Tree:
         return inner.init(select(params, params))
 
     def update(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> tuple[Tree, Tree]:
-        new, state = inner.update(select(params, params), state, sensitivity=select(params, sensitivity))
-        return depalettize(_restore(params, new)), state
+        visible, mass = seen(params, sensitivity)
+        new, state = inner.update(visible, state, sensitivity=mass)
+        return depalettize(back(params, new)), state
 
     def finalize(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> Tree:
-        return _restore(params, inner.finalize(select(params, params), state, sensitivity=select(params, sensitivity)))
+        visible, mass = seen(params, sensitivity)
+        return back(params, inner.finalize(visible, state, sensitivity=mass))
 
     return PaletteTransformation(init, update, finalize)
+
+
+def _resolved(tree: Tree | Callable[[Tree], Tree], params: Tree) -> Tree:
+    """The tree, or what the function makes of params; a module that can be called is a tree."""
+    is_function = callable(tree) and jax.tree_util.all_leaves([tree])
+    return tree(_shapes(params)) if is_function else tree
 
 
 def _shapes(params: Tree) -> Tree:
@@ -94,7 +130,8 @@ def _hide(params: Tree, keep: Tree, tree: Tree | None, name: str) -> Tree | None
     treedef = jax.tree.structure(params, is_leaf=is_node)
     leaves = zip(aligned(treedef, keep, "mask"), aligned(treedef, tree, name), strict=True)
     return jax.tree.unflatten(
-        treedef, [MaskedNode() if isinstance(k, MaskedNode) or not k else leaf for k, leaf in leaves]
+        treedef,
+        [leaf if is_element_mask(k) or (k and not isinstance(k, MaskedNode)) else MaskedNode() for k, leaf in leaves],
     )
 
 
@@ -126,7 +163,7 @@ def partition(
 
     def mask_for(label: Hashable) -> Callable[[Tree], Tree]:
         def mask(params: Tree) -> Tree:
-            tree = labels(params) if callable(labels) else labels
+            tree = _resolved(labels, params)
             unknown = set(jax.tree.leaves(tree)) - set(transforms)
             if unknown:
                 raise ValueError(f"labels {sorted(map(str, unknown))} have no transform; there are {list(transforms)}")

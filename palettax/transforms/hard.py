@@ -3,43 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palettax._typing import Array, is_traced
-from palettax.clustering import LutFit, assign, uniform_lut, unique_lut
+from palettax._typing import Array, PRNGKey, is_traced
+from palettax.clustering import LutFit, uniform_lut, unique_lut
+from palettax.clustering.assignment import assign_groups
 from palettax.clustering.checks import (
     Method,
     as_host,
     check_finite,
-    check_method,
     check_nbits,
     check_sensitivity,
     check_weights,
     float64_stays,
+    resolve_method,
 )
 from palettax.clustering.kmeans import kmeans_groups
 from palettax.clustering.unique import nbits_for, smallest_nbits
 from palettax.leaf import PER_TENSOR, Granularity, PalettizedArray, depalettize, merge_blocks, split_blocks
-from palettax.transforms.base import PaletteTransformation, map_leaves
+from palettax.transforms.base import PaletteTransformation, map_leaves, placed_like
 
-GroupFit = Callable[[Array, Array | None], LutFit]
-"""Fits the rows of (groups, n) weights, with sensitivities of that shape or None; fields get a leading axis."""
+GroupFit = Callable[[Array, Array | None, PRNGKey | None], LutFit]
+"""Fits the rows of (groups, n) weights, or (groups, m, d) vectors, with sensitivities of that shape or None and the
+key of the leaf or None; fields get a leading axis."""
 
 
 def kmeans(
-    nbits: int, *, granularity: Granularity = PER_TENSOR, method: Method = "exact", max_steps: int = 100
+    nbits: int,
+    *,
+    granularity: Granularity = PER_TENSOR,
+    method: Method | None = None,
+    key: PRNGKey | None = None,
+    max_steps: int = 100,
 ) -> PaletteTransformation:
     """Palettes of least squared error: `kmeans_lut` for every group of every leaf.
 
     Args:
         nbits: 1, 2, 3, 4, 6 or 8.
-        granularity: which weights share a table.
-        method: "exact", or "lloyd" to stay on the accelerator.
+        granularity: which weights share a table, and how many share an index.
+        method: "exact", or "lloyd" to stay on the accelerator; None for exact scalars, and lloyd for vectors.
+        key: for vectors, and required there; each leaf draws from one of its own, folded from its path.
         max_steps: Lloyd steps at most.
 
     Example:
@@ -47,10 +56,18 @@ def kmeans(
         >>> weights = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
         >>> px.palettize(weights, px.kmeans(nbits=4, granularity=px.Granularity(group_size=16)))["w"].lut.shape
         (4, 1, 16, 1)
+        >>> pairs = px.kmeans(nbits=4, granularity=px.Granularity(vector_size=2), key=jax.random.key(0))
+        >>> px.palettize(weights, pairs)["w"].lut.shape
+        (1, 1, 16, 2)
     """
     check_nbits(nbits)
-    check_method(method)
-    return _hard(lambda w, s: kmeans_groups(w, nbits, s, method, max_steps, dtype=np.dtype(w.dtype)), granularity)
+    check_granularity(granularity)
+    chosen = resolve_method(method, granularity.vector_size, key)
+
+    def fit(weights: Array, sensitivity: Array | None, key: PRNGKey | None) -> LutFit:
+        return kmeans_groups(weights, nbits, sensitivity, chosen, max_steps, key, dtype=np.dtype(weights.dtype))
+
+    return _hard(fit, granularity, key=key)
 
 
 def uniform(nbits: int, *, granularity: Granularity = PER_TENSOR) -> PaletteTransformation:
@@ -67,7 +84,8 @@ def uniform(nbits: int, *, granularity: Granularity = PER_TENSOR) -> PaletteTran
         8
     """
     check_nbits(nbits)
-    return _hard(lambda w, s: jax.vmap(lambda row: uniform_lut(row, nbits))(jnp.asarray(w)), granularity)
+    _check_scalars(granularity)
+    return _hard(lambda w, s, key: jax.vmap(lambda row: uniform_lut(row, nbits))(jnp.asarray(w)), granularity)
 
 
 def unique(nbits: int | None = None, *, granularity: Granularity = PER_TENSOR) -> PaletteTransformation:
@@ -87,7 +105,9 @@ def unique(nbits: int | None = None, *, granularity: Granularity = PER_TENSOR) -
     if nbits is not None:
         check_nbits(nbits)
 
-    def fit(weights: Array, sensitivity: Array | None) -> LutFit:
+    _check_scalars(granularity)
+
+    def fit(weights: Array, sensitivity: Array | None, key: PRNGKey | None) -> LutFit:
         bits = nbits if nbits is not None else max(smallest_nbits(row) for row in weights)
         return jax.vmap(lambda row: unique_lut(row, bits))(jnp.asarray(weights))
 
@@ -118,8 +138,9 @@ def custom(
         >>> px.palettize(weights, px.custom(sign))["w"].nbits
         1
     """
+    _check_scalars(granularity)
 
-    def fit(weights: Array, sensitivity: Array | None) -> LutFit:
+    def fit(weights: Array, sensitivity: Array | None, key: PRNGKey | None) -> LutFit:
         rows = [_custom_row(lut_function(row), row) for row in weights]
         k = 2 ** nbits_for(max(row.lut.shape[0] for row in rows))
         padded = [row._replace(lut=jnp.pad(row.lut, (0, k - row.lut.shape[0]), mode="edge")) for row in rows]
@@ -148,33 +169,43 @@ def _custom_row(result: LutFit | tuple[Any, Any], weights: Array) -> LutFit:
     return LutFit(lut[order], rank[indices], inertia, jnp.zeros((), jnp.int32), converged)
 
 
-def _hard(fit: GroupFit, granularity: Granularity, must_converge: bool = False) -> PaletteTransformation:
-    """The transform of a group fit. With `must_converge`, leaves whose fit did not converge stay as they are."""
+def check_granularity(granularity: Granularity) -> None:
+    """Refuse what is no `Granularity`."""
     if not isinstance(granularity, Granularity):
         raise ValueError(f"granularity={granularity!r}; give a Granularity, such as Granularity(group_size=16)")
+
+
+def _check_scalars(granularity: Granularity) -> None:
+    check_granularity(granularity)
     if granularity.vector_size != 1:
-        raise ValueError(f"vector_size={granularity.vector_size}; only scalars (vector_size=1) can be clustered so far")
+        raise ValueError(f"vector_size={granularity.vector_size}; only kmeans makes tables of vectors")
+
+
+def _hard(
+    fit: GroupFit, granularity: Granularity, *, must_converge: bool = False, key: PRNGKey | None = None
+) -> PaletteTransformation:
+    """The transform of a group fit. With `must_converge`, leaves whose fit did not converge stay as they are."""
 
     @float64_stays
-    def fit_leaf(weights: Array, sensitivity: Array | None) -> tuple[PalettizedArray, Any]:
+    def fit_leaf(name: str, weights: Array, sensitivity: Array | None) -> tuple[PalettizedArray, Any]:
         check_weights(weights)
         check_finite(weights)
         check_sensitivity(sensitivity, weights)
-        groups = granularity.groups(tuple(weights.shape))
-        rows = split_blocks(as_host(weights), groups)
-        result = fit(rows, None if sensitivity is None else split_blocks(as_host(sensitivity), groups))
-        fits = result.converged.all() if must_converge else None
-        return _assemble(result, rows, groups, tuple(weights.shape)), fits
+        cut = Cut.of(granularity, name, tuple(weights.shape))
+        rows, mass = cut.rows(as_host(weights)), None if sensitivity is None else cut.rows(as_host(sensitivity))
+        result = fit(rows, mass, None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode())))
+        small = placed_like(weights, _assemble(result, rows, mass, cut))
+        return small, result.converged.all() if must_converge else None
 
-    def update_leaf(leaf: Any, sensitivity: Array | None) -> Array:
+    def update_leaf(name: str, leaf: Any, sensitivity: Array | None) -> Array:
         weights = depalettize(leaf)
-        small, fits = fit_leaf(weights, sensitivity)
+        small, fits = fit_leaf(name, weights, sensitivity)
         if is_traced(fits):
             return jnp.where(fits, small.depalettize(), weights)
         return small.depalettize() if fits is None or fits else weights
 
-    def finalize_leaf(leaf: Any, sensitivity: Array | None) -> Any:
-        small, fits = fit_leaf(depalettize(leaf), sensitivity)
+    def finalize_leaf(name: str, leaf: Any, sensitivity: Array | None) -> Any:
+        small, fits = fit_leaf(name, depalettize(leaf), sensitivity)
         if is_traced(fits):
             # Storage cannot depend on values under jit: what does not fit must not pass for the weight.
             return dataclasses.replace(small, lut=jnp.where(fits, small.lut, jnp.nan))
@@ -187,15 +218,36 @@ def _hard(fit: GroupFit, granularity: Granularity, must_converge: bool = False) 
     )
 
 
-def _assemble(fit: LutFit, rows: Array, groups: tuple[int, ...], shape: tuple[int, ...]) -> PalettizedArray:
+class Cut(NamedTuple):
+    """How a leaf is cut into rows that share a table."""
+
+    groups: tuple[int, ...]
+    vector_axis: int | None
+    vector_size: int
+    shape: tuple[int, ...]  # of the indices
+
+    @classmethod
+    def of(cls, granularity: Granularity, name: str, shape: tuple[int, ...]) -> Cut:
+        """The cut of a leaf of this name and shape."""
+        axis, size = granularity.vector_axis_of(shape, name), granularity.vector_size
+        indices = tuple(length // size if a == axis else length for a, length in enumerate(shape))
+        return cls(granularity.groups(shape, name), axis, size, indices)
+
+    def rows(self, weights: Array) -> Array:
+        """(groups, n), or (groups, m, d) for vectors."""
+        return split_blocks(weights, self.groups, self.vector_axis, self.vector_size)
+
+
+def _assemble(fit: LutFit, rows: Array, mass: Array | None, cut: Cut) -> PalettizedArray:
     """The leaf that a fit of its groups describes, its table in the dtype of the weights."""
     lut, indices = fit.lut, fit.indices
     if lut.dtype != rows.dtype:
         lut = lut.astype(rows.dtype)
-        indices = jax.vmap(assign)(jnp.asarray(rows), jnp.asarray(lut))
-    k = lut.shape[-1]
+        indices = assign_groups(rows, lut, mass)
+    k = lut.shape[1]
     return PalettizedArray(
-        jnp.asarray(lut).reshape(*groups, k, 1),
-        jnp.asarray(merge_blocks(indices, groups, shape)),
+        jnp.asarray(lut).reshape(*cut.groups, k, cut.vector_size),
+        jnp.asarray(merge_blocks(indices, cut.groups, cut.shape)),
         nbits=k.bit_length() - 1,
+        vector_axis=cut.vector_axis,
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import palettax as px
-from tests.clustering.test_exact import optimum
+from tests.clustering.test_exact import least_cost
 from tests.tables import data
 
 
@@ -15,7 +15,7 @@ def test_equals_the_true_excess():
         weights = np.sort(rng.standard_normal(12))
         lut = np.sort(rng.standard_normal(4))
         inertia = (np.abs(weights[:, None] - lut).min(1) ** 2).sum()
-        excess = inertia / float(optimum(weights, np.ones(12), 4)) - 1
+        excess = inertia / float(least_cost(weights, np.ones(12), 4)) - 1
         assert px.certify(weights, lut) == pytest.approx(excess, rel=1e-9)
 
 
@@ -62,7 +62,7 @@ def test_never_below_the_true_excess(spread):
         fit = px.kmeans_lut(weights, nbits, sensitivity=mass)
         means = np.asarray(fit.lut)
         inertia = mass @ (weights - means[np.asarray(fit.indices)]) ** 2
-        excess = inertia / float(optimum(weights, mass, 2**nbits)) - 1
+        excess = inertia / float(least_cost(weights, mass, 2**nbits)) - 1
         proven = px.certify(weights, fit.lut, sensitivity=mass)
         assert proven >= excess - 1e-9
         assert proven <= 1e-9 or not fit.converged

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
 import palettax as px
-from palettax.clustering.exact import exact_clusters
+from palettax.clustering.nodes import optimum
+from palettax.clustering.points import ONES
 from tests.tables import DTYPES, KINDS, data, sensitivities
 
 
-def optimum(values, mass, k):
+def least_cost(values, mass, k):
     """The least weighted squared error of k intervals, exactly, by trying every split."""
     values, mass = [Fraction(v) for v in values], [Fraction(m) for m in mass]
     n = len(values)
@@ -42,12 +43,13 @@ def test_optimal_by_exhaustion(points, k):
     points = sorted((v + 0.0, m) for v, m in points)
     k = min(k, len(points) - 1)
     values, mass = (np.array(column, np.float64) for column in zip(*points, strict=True))
-    found = exact_clusters(values, mass, k)
-    best = optimum(values, mass, k)
+    lut = np.empty(k)
+    cost, bound, _ = optimum(values, mass, lut)
+    best = least_cost(values, mass, k)
     close = pytest.approx(float(best), rel=1e-9, abs=1e-28 * float(mass @ values**2))
-    assert found.cost * found.unit**2 == close
-    assert found.bound * found.unit**2 == close
-    assert (np.diff(found.centroids) > 0).all()
+    assert cost == close
+    assert bound == close
+    assert (np.diff(lut) > 0).all()
 
 
 @given(st.integers(4, 40), st.data())
@@ -55,12 +57,12 @@ def test_ties_are_spliced(n, draw):
     """On an even grid every penalty window is empty or tied; path lengths k are found by splicing only."""
     k = draw.draw(st.integers(1, n - 1))
     values = np.arange(n, dtype=np.float64)
-    found = exact_clusters(values, np.ones(n), k)
+    cost, bound, _ = optimum(values, ONES, np.empty(k))
     # Sizes as equal as can be are optimal: s points in a row cost s (s² - 1) / 12.
     small, larger = divmod(n, k)
     best = sum(s * (s * s - 1) / 12 for s in [small + 1] * larger + [small] * (k - larger))
-    assert found.cost * found.unit**2 == pytest.approx(best, rel=1e-12)
-    assert found.bound * found.unit**2 == pytest.approx(best, rel=1e-12)
+    assert cost == pytest.approx(best, rel=1e-12)
+    assert bound == pytest.approx(best, rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -122,6 +122,17 @@ def test_a_scale_at_ios26(form, tmp_path):
     _check(Mnist(), leaves, "iOS26", "export", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("scale", "form"),
+    [((4, 1), {}), ((16, 8), {"groups": (2, 4)}), ((8, 32), {"vector": (1, 2)}), ((1, 64), {"vector": (1, 4)})],
+)
+def test_a_scale_in_blocks_at_ios26(scale, form, tmp_path):
+    leaves = {"dense1.weight": random_leaf((16, 128), nbits=4, scale=scale, **form)}
+    mlmodel = from_torch(Mnist(), Mnist.example, leaves, minimum_deployment_target="iOS26")
+    assert audit(_saved(mlmodel, tmp_path), leaves).identical
+    assert read_palettes(mlmodel)["dense1.weight"].scale.shape == scale
+
+
 @pytest.mark.parametrize("names", [["embedding.weight"], ["output.weight"], ["output.weight", "embedding.weight"]])
 @pytest.mark.parametrize("frontend", FRONTENDS)
 def test_tied_weights_are_one_table_under_each_name(names, frontend):
@@ -252,6 +263,9 @@ class Unused(torch.nn.Module):
         ("used.weight", {"groups": (2, 4)}, "iOS16", "2 groups along axis 0 and 4 groups along axis 1"),
         ("used.weight", {"vector": (1, 2)}, "iOS17", "used.weight: vectors of 2"),
         ("used.weight", {"scale": (8, 1)}, "iOS18", r"used.weight: it has a scale of shape \(8, 1\).*Use iOS26"),
+        ("used.weight", {"mask": True}, "iOS26", r"used.weight: it has a mask.*px\.depalettize"),
+        ("used.weight", {"mask": True, "kept": True}, "iOS18", r"used.weight: it has a mask.*px\.depalettize"),
+        ("used.weight", {"lut_dtype": np.int8}, "iOS26", r"used.weight: its lut holds int8 levels.*px\.depalettize"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(name, form, target, message):

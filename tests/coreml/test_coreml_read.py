@@ -94,6 +94,12 @@ def test_audit_sees_another_scale():
         assert other.leaves["dense2.weight"].lut_identical
 
 
+@pytest.mark.parametrize("form", [{"mask": True}, {"mask": True, "kept": True}, {"lut_dtype": np.uint8}])
+def test_audit_refuses_what_no_package_holds(mlmodel, form):
+    with pytest.raises(ValueError, match=r"dense2\.weight: it.*px\.depalettize"):
+        audit(mlmodel, {"dense2.weight": random_leaf((12, 16), **form)})
+
+
 def test_names_come_back_from_a_file(mlmodel, leaves, tmp_path):
     path = tmp_path / "net.mlpackage"
     mlmodel.save(str(path))
@@ -194,6 +200,8 @@ def test_tables_that_are_quantized_or_scaled(weight_of):
     (name, leaf), *more = read_palettes(mlmodel).items()
     assert (name, more) == ("w", [])
     assert (leaf.scale is not None) == (weight_of is _blockwise_scale_behind)
+    if leaf.scale is not None:
+        assert leaf.scale.shape == (3, 4)
     (expected,) = _expanded(mlmodel)
     np.testing.assert_array_equal(leaf.depalettize(), expected)
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import palettax as px
 import palettax.coreml
 from palettax.leaf import is_palettized
+from tests.leaves import assert_same, assert_same_bits, forms, random_leaf, with_levels, with_mask
 from tests.tables import DTYPES
 
 assert palettax.coreml  # imported first: it brings coremltools in without its noise
@@ -47,60 +48,87 @@ LEAVES = {
     "half": leaf((4, 6), (2, 1), scale=(1, 6), dtype=np.float16),
     "brain": leaf((4, 6), (1, 2), dtype=jnp.bfloat16),
     "double": leaf((4, 6), (1, 2), dtype=np.float64),
+    "scale in blocks": leaf((4, 6), (2, 1), scale=(2, 3)),
+    "vectors under scale blocks": leaf((4, 6), (1, 3), vector_axis=1, vector_size=2, scale=(1, 4), dtype=np.float16),
+    "int8": with_levels(leaf((4, 6), (2, 1), scale=(4, 1), nbits=3), np.int8),
+    "uint8": with_levels(leaf((4, 6), (1, 1), scale=(2, 6), nbits=8, dtype=jnp.bfloat16), np.uint8),
+    "uint8 vectors": with_levels(leaf((4, 6), (1, 3), vector_axis=0, vector_size=2, scale=(1, 2)), np.uint8),
+    "float8": with_levels(leaf((4, 6), (1, 1), scale=(1, 6), dtype=np.float16), jnp.float8_e4m3fn),
+    "wide float8": with_levels(leaf((2, 3, 4), (1, 3, 2), scale=(1, 1, 2)), jnp.float8_e5m2),
+    "sparse": with_mask(leaf((4, 6), (2, 1)), kept=False),
+    "kept": with_mask(leaf((4, 6), (2, 3), scale=(4, 3)), kept=True),
+    "kept half": with_mask(leaf((2, 4, 6), (1, 2, 3), dtype=np.float16), kept=True),
+    "kept beside levels": with_mask(with_levels(leaf((4, 6), (2, 1)), np.int8), kept=True),
 }
+assert all(0 < small.mask.sum() < small.size for small in LEAVES.values() if small.mask is not None)
+IN_JAX = [name for name in LEAVES if name != "double"]  # JAX cuts float64 to float32
 leaves = pytest.mark.parametrize("small", LEAVES.values(), ids=LEAVES)
 
 
 def expand(small):
     """The definition, one element at a time."""
-    dense = np.empty(small.shape, small.dtype)
+    dense, kept = np.zeros(small.shape, small.dtype), None if small.kept is None else iter(small.kept)
     for place in np.ndindex(*small.shape):
+        if small.mask is not None and not small.mask[place]:
+            dense[place] = 0 if kept is None else next(kept)
+            continue
         slot, entry = list(place), 0
         if small.vector_axis is not None:
             slot[small.vector_axis], entry = divmod(place[small.vector_axis], small.vector_size)
         group = tuple(i // (length // g) for i, length, g in zip(slot, small.indices.shape, small.groups, strict=True))
         value = small.lut[(*group, small.indices[tuple(slot)], entry)]
+        if small.lut.dtype == np.uint8:
+            value = int(value) - 128
+        value = np.float64(value).astype(small.dtype)
         if small.scale is not None:
-            value = value * np.broadcast_to(small.scale, small.shape)[place]
+            blocks = zip(place, small.shape, small.scale.shape, strict=True)
+            value = value * small.scale[tuple(i // (length // count) for i, length, count in blocks)]
         dense[place] = value
     return dense
-
-
-def same_bits(a, b):
-    assert a.dtype == b.dtype
-    assert a.shape == b.shape
-    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def same_leaf(a, b):
-    assert (a.nbits, a.vector_axis, a.dtype) == (b.nbits, b.vector_axis, b.dtype)
-    assert (a.scale is None) == (b.scale is None)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        same_bits(x, y)
 
 
 @leaves
 def test_depalettize_is_its_definition(small):
     dense = small.depalettize()
     assert type(dense) is np.ndarray
-    same_bits(dense, expand(small))
+    assert_same_bits(dense, expand(small))
 
 
-@pytest.mark.parametrize("name", [n for n in LEAVES if n != "double"])  # JAX cuts float64 to float32
+@given(form=forms())
+def test_depalettize_is_its_definition_in_every_form(form):
+    small = random_leaf(**form)
+    assert_same_bits(small.depalettize(), expand(small))
+    assert_same(jax.tree.map(lambda part: part, small), small)
+
+
+@given(form=forms())
+def test_transposed_twice_and_back(form):
+    small, rng = random_leaf(**form), np.random.default_rng(form["seed"])
+    one, two = rng.permutation(small.ndim).tolist(), rng.permutation(small.ndim).tolist()
+    turned = small.transpose(*one).validate()
+    assert_same_bits(turned.depalettize(), small.depalettize().transpose(one))
+    assert_same(turned.transpose(*two), small.transpose(*np.array(one)[two].tolist()))
+    assert_same(turned.transpose(*np.argsort(one).tolist()), small)
+
+
+@pytest.mark.parametrize("name", IN_JAX)
 def test_in_jax_it_is_the_same(name):
     small = LEAVES[name]
     on_device = jax.tree.map(jnp.asarray, small)
     for dense in (on_device.depalettize(), jax.jit(px.depalettize)(on_device)):
         assert isinstance(dense, jax.Array)
-        same_bits(dense, small.depalettize())
+        assert_same_bits(dense, small.depalettize())
 
 
-@leaves
-def test_coremltools_expands_it_to_the_same(small):
+@pytest.mark.parametrize(
+    "name", [n for n, small in LEAVES.items() if small.mask is None and small.lut.dtype == small.dtype]
+)
+def test_coremltools_expands_it_to_the_same(name):
     from coremltools.converters.mil.mil.ops.defs.iOS18.compression import constexpr_lut_to_dense
 
+    small = LEAVES[name]
     theirs = constexpr_lut_to_dense.decompress(small.indices, small.lut, small.vector_axis)
-    same_bits(dataclasses.replace(small, scale=None).depalettize(), theirs)
+    assert_same_bits(dataclasses.replace(small, scale=None).depalettize(), theirs)
 
 
 @leaves
@@ -108,10 +136,10 @@ def test_transpose(small):
     dense = small.depalettize()
     for axes in itertools.permutations(range(small.ndim)):
         turned = small.transpose(*axes).validate()
-        same_bits(turned.depalettize(), dense.transpose(axes))
-        same_leaf(turned.transpose(*np.argsort(axes).tolist()), small)
-    same_leaf(small.transpose(*range(-small.ndim, 0)), small)
-    same_bits(small.transpose().depalettize(), dense.T)
+        assert_same_bits(turned.depalettize(), dense.transpose(axes))
+        assert_same(turned.transpose(*np.argsort(axes).tolist()), small)
+    assert_same(small.transpose(*range(-small.ndim, 0)), small)
+    assert_same_bits(small.transpose().depalettize(), dense.T)
 
 
 @pytest.mark.parametrize("axes", [(0,), (0, 0), (0, 1, 2), (0, 3), (-3, 1)])
@@ -121,31 +149,40 @@ def test_transpose_refuses_what_is_no_permutation(axes):
 
 
 def blocks_stay_whole(small, order, axis):
-    """Whether an order keeps each vector and each group of an axis together."""
+    """Whether an order keeps each vector, each group and each block of the scale of an axis together."""
     size = small.vector_size if axis == small.vector_axis else 1
     vectors = np.reshape(order, (-1, size))
-    groups = np.reshape(order, (small.groups[axis], -1)) // (small.shape[axis] // small.groups[axis])
-    whole_vectors = (vectors == vectors[:, :1] // size * size + np.arange(size)).all()
-    return bool(whole_vectors and (groups == groups[:, :1]).all())
+    whole = (vectors == vectors[:, :1] // size * size + np.arange(size)).all()
+    for count in (small.groups[axis], 1 if small.scale is None else small.scale.shape[axis]):
+        blocks = np.reshape(order, (count, -1)) // (small.shape[axis] // count)
+        whole &= (blocks == blocks[:, :1]).all()
+    return bool(whole)
 
 
-@given(name=st.sampled_from(sorted(LEAVES)), seed=st.integers(0, 2**32 - 1), legal=st.booleans())
-def test_take_reorders_or_refuses_to_tear(name, seed, legal):
-    small, rng = LEAVES[name], np.random.default_rng(seed)
+def whole_order(small, axis, rng):
+    """A random order of an axis that tears nothing: blocks, the smaller ones in them and vectors, each shuffled."""
+    counts = (small.groups[axis], 1 if small.scale is None else small.scale.shape[axis])
+    size = small.vector_size if axis == small.vector_axis else 1
+    length = small.shape[axis]
+    if max(counts) % min(counts) or (length // max(counts)) % size:
+        return np.arange(length)
+    blocks = np.arange(length).reshape(min(counts), max(counts) // min(counts), -1, size)
+    inner = [rng.permutation([rng.permutation(small_block) for small_block in block]) for block in blocks]
+    return rng.permutation(inner).reshape(-1)
+
+
+@given(form=forms(), legal=st.booleans())
+def test_take_reorders_or_refuses_to_tear(form, legal):
+    small, rng = random_leaf(**form), np.random.default_rng(form["seed"])
     axis = int(rng.integers(-small.ndim, small.ndim))
-    order = np.arange(small.shape[axis])
-    if legal:
-        groups, size = small.groups[axis], small.vector_size if axis % small.ndim == small.vector_axis else 1
-        blocks = [rng.permutation(block) for block in order.reshape(groups, -1, size)]
-        order = rng.permutation(blocks).reshape(-1)
-        assert blocks_stay_whole(small, order, axis % small.ndim)
-    else:
-        order = rng.permutation(order)
+    order = whole_order(small, axis % small.ndim, rng) if legal else rng.permutation(small.shape[axis])
     if blocks_stay_whole(small, order, axis % small.ndim):
         moved = small.take(order, axis).validate()
-        same_bits(moved.depalettize(), small.depalettize().take(order, axis))
+        assert_same_bits(moved.depalettize(), small.depalettize().take(order, axis))
+        assert_same(moved.take(np.argsort(order), axis), small)
     else:
-        with pytest.raises(ValueError, match=r"would tear its \d+ (groups|vectors) of \d+ apart"):
+        assert not legal
+        with pytest.raises(ValueError, match=r"would tear its \d+ (groups|vectors|blocks of the scale) of \d+ apart"):
             small.take(order, axis)
 
 
@@ -154,6 +191,7 @@ def test_take_reorders_or_refuses_to_tear(name, seed, legal):
     [
         ("rows", [0, 2, 1, 3], 0, "reordering axis 0 would tear its 2 groups of 2 apart; palettize along another axis"),
         ("vectors", [1, 0, 2, 3, 4, 5, 6, 7], 0, "tear its 4 vectors of 2 apart"),
+        ("scale in blocks", [0, 2, 1, 3, 4, 5], 1, "axis 1 would tear its 3 blocks of the scale of 2 apart"),
         ("rows", [0, 0, 1, 2], 0, "not a permutation of the 4 elements on axis 0"),
         ("rows", [0, 1], 0, "not a permutation of the 4 elements on axis 0"),
         ("rows", [0, 1, 2, 3], 2, "axis"),
@@ -166,9 +204,10 @@ def test_take_says_what_is_wrong(name, order, axis, message):
 
 @leaves
 def test_bytes_are_counted_exactly(small):
-    bits = small.indices.size * small.nbits
-    floats = small.lut.size + (0 if small.scale is None else small.scale.size)
-    expected = (bits + 7) // 8 + floats * np.dtype(small.dtype).itemsize
+    count = small.indices.size if small.mask is None else int(small.mask.sum())
+    parts = [part for part in (small.lut, small.scale, small.kept) if part is not None]
+    expected = (count * small.nbits + 7) // 8 + sum(part.nbytes for part in parts)
+    expected += 0 if small.mask is None else (small.size + 7) // 8
     assert small.nbytes == expected
     assert small.size == np.prod(small.shape)
     assert small.bits_per_weight == 8 * expected / small.size
@@ -190,6 +229,8 @@ def broken(small, **changes):
 ROWS = LEAVES["rows"]
 VECTORS = LEAVES["vectors"]
 SCALE = LEAVES["scale"]
+INT8 = LEAVES["int8"]
+KEPT = LEAVES["kept"]
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -206,13 +247,37 @@ SCALE = LEAVES["scale"]
         (lambda: broken(VECTORS, vector_axis=2), r"vector_axis=2 is not an axis of indices \(4, 6\)"),
         (lambda: broken(VECTORS, vector_axis=-1), "vector_axis=-1 is not an axis"),
         (lambda: broken(ROWS, indices=ROWS.indices.astype(np.int32)), "indices are int32; they must be uint8"),
-        (lambda: broken(ROWS, lut=ROWS.lut.astype(int)), "lut is int64; it must be floating"),
+        (
+            lambda: broken(ROWS, lut=ROWS.lut.astype(int)),
+            "lut is int64; it must be of the weight's dtype .* or one of int8",
+        ),
         (lambda: broken(ROWS, lut=ROWS.lut.astype(np.float16)), "lut is float16; .* the weight's dtype float32"),
         (lambda: broken(SCALE, scale=SCALE.scale[0]), r"scale \(1,\) must have the rank of the weight \(4, 6\)"),
-        (lambda: broken(SCALE, scale=SCALE.scale[:2]), r"\(2, 1\).* \(4, 6\)"),
-        (lambda: broken(SCALE, indices=SCALE.indices[:1]), r"scale \(4, 1\) does not broadcast to the weight \(1, 6\)"),
+        (
+            lambda: broken(SCALE, scale=SCALE.scale[:3]),
+            r"the 3 blocks of scale \(3, 1\) do not divide axis 0 of \(4, 6\)",
+        ),
+        (lambda: broken(SCALE, scale=SCALE.scale[:0]), r"the 0 blocks of scale \(0, 1\) do not divide axis 0"),
+        (lambda: broken(SCALE, indices=SCALE.indices[:1]), r"the 4 blocks of scale \(4, 1\) do not divide axis 0"),
         (lambda: broken(SCALE, scale=SCALE.scale.astype(np.float64)), "scale is float64"),
         (lambda: broken(ROWS, indices=ROWS.indices + np.uint8(8)), r"index \d+ is outside the 8 entries of the lut"),
+        (lambda: broken(INT8, scale=None), "lut is int8 without a scale; levels of a float32 weight need one"),
+        (lambda: broken(INT8, dtype=None), "dtype=int8 is no float; pass the dtype of the weight"),
+        (lambda: broken(INT8, dtype=np.float16), "scale is float32; it must be of the weight's dtype float16"),
+        (lambda: broken(KEPT, mask=None), r"kept \(\d+,\) without a mask"),
+        (
+            lambda: broken(KEPT, mask=KEPT.mask[:2]),
+            r"mask is bool \(2, 6\); it must be bool of the weight's shape \(4, 6\)",
+        ),
+        (lambda: broken(KEPT, mask=KEPT.mask.astype(np.uint8)), "mask is uint8"),
+        (lambda: broken(KEPT, kept=KEPT.kept[:-1]), r"\d+ kept values for the \d+ weights outside the mask"),
+        (lambda: broken(KEPT, kept=KEPT.kept[None]), r"kept is float32 \(1, \d+\); it must be one row"),
+        (lambda: broken(KEPT, kept=KEPT.kept.astype(np.float16)), "kept is float16 .* of the weight's dtype float32"),
+        (lambda: broken(KEPT, indices=KEPT.indices | ~KEPT.mask), "an index outside the mask is not 0"),
+        (
+            lambda: broken(VECTORS, mask=np.ones((8, 6), bool)),
+            "a mask with vector_size=2; a mask needs an index for each",
+        ),
     ],
 )
 def test_every_invariant_is_checked(bad, message):
@@ -228,22 +293,94 @@ def test_valid_leaves_come_back_from_validate():
 @leaves
 def test_copies_are_the_same(small):
     for again in (pickle.loads(pickle.dumps(small)), copy.deepcopy(small), jax.tree.map(lambda x: x.copy(), small)):
-        same_leaf(again, small)
+        assert_same(again, small)
 
 
 @pytest.mark.usefixtures("unchecked")  # shapes stand for arrays
-@pytest.mark.parametrize("name", ["everything", "vectors", "half", "brain"])
+@pytest.mark.parametrize("name", IN_JAX)
 def test_static_fields_survive_jit(name):
     small = LEAVES[name]
     through = jax.jit(lambda s: s)(small)
-    same_leaf(jax.tree.map(np.asarray, through), small)
+    assert_same(jax.tree.map(np.asarray, through), small)
     assert jax.tree.structure(through) == jax.tree.structure(small)
+
+
+@pytest.mark.usefixtures("unchecked")  # shapes stand for arrays
+@pytest.mark.parametrize("name", IN_JAX)
+def test_shapes_alone_say_what_it_costs_before_any_work(name):
+    small = LEAVES[name]
     shapes = jax.eval_shape(lambda s: s, small)
-    assert (shapes.shape, shapes.nbytes) == (small.shape, small.nbytes)
+    assert shapes.validate() is shapes
+    assert (shapes.shape, shapes.size) == (small.shape, small.size)
+    # Without values, and without kept ones, nobody knows how many indices the mask saves.
+    saved = 0 if small.mask is None or small.kept is not None else int((~small.mask).sum())
+    assert saved == 0 or name == "sparse"
+    assert (
+        shapes.nbytes
+        == small.nbytes + (small.size * small.nbits + 7) // 8 - ((small.size - saved) * small.nbits + 7) // 8
+    )
+    assert shapes.bits_per_weight == 8 * shapes.nbytes / small.size
+    dense = jax.eval_shape(px.depalettize, small)
+    assert (dense.shape, dense.dtype) == (small.shape, small.dtype)
 
 
-def test_vmap_over_a_batch_of_leaves():
-    batch = [leaf((4, 6), (2, 3), vector_axis=1, vector_size=2, seed=s) for s in range(3)]
+@pytest.mark.parametrize("name", ["kept", "sparse"])
+def test_kept_values_are_moved_where_their_order_is_known(name):
+    small = jax.tree.map(jnp.asarray, LEAVES[name])
+    order = [1, 0, 3, 2, 5, 4] if small.groups[1] > 1 else [5, 4, 3, 2, 1, 0]
+    moves = (lambda s: s.transpose(), lambda s: s.take(order, 1))
+    for move in moves:
+        assert_same(move(small), move(LEAVES[name]))
+        # Values may be traced; the order of the kept ones is in the mask.
+        held = jax.jit(lambda kept, move=move: move(dataclasses.replace(small, kept=kept)).depalettize())(small.kept)
+        assert_same_bits(held, move(LEAVES[name]).depalettize())
+        if name == "kept":
+            with pytest.raises(ValueError, match="while the mask is traced"):
+                jax.jit(move)(small)
+        else:
+            assert_same(jax.jit(move)(small), move(LEAVES[name]))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_mask_that_is_all_of_one_kind(kept, inside):
+    small = leaf((4, 6), (2, 1))
+    mask = np.full((4, 6), inside)
+    values = np.arange(24 * (not inside), dtype=np.float32) if kept else None
+    small = dataclasses.replace(small, indices=small.indices * mask, mask=mask, kept=values).validate()
+    assert_same_bits(small.depalettize(), expand(small))
+    assert_same_bits(jax.jit(px.depalettize)(small), expand(small))
+    assert_same_bits(small.transpose().depalettize(), expand(small).T)
+
+
+def test_levels_are_about_their_zero():
+    levels = np.array([0, 127, 128, 255], np.uint8)
+    for lut, values in ((levels, [-32, -0.25, 0, 31.75]), (levels.view(np.int8), [0, 31.75, -32, -0.25])):
+        scale = np.full((1,), 0.25, np.float16)
+        small = px.PalettizedArray(
+            lut.reshape(1, 4, 1), np.arange(4, dtype=np.uint8), scale, nbits=2, dtype=jnp.float16
+        ).validate()
+        assert small.depalettize().tolist() == values
+        assert small.dtype == np.dtype(np.float16)
+
+
+def test_levels_of_a_double_in_jax():
+    small = with_levels(leaf((4, 6), (1, 2), dtype=np.float64), np.uint8)
+    np.testing.assert_array_equal(jax.jit(px.depalettize)(small), small.depalettize().astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda s: leaf((4, 6), (2, 3), vector_axis=1, vector_size=2, seed=s),
+        lambda s: with_levels(leaf((4, 6), (2, 3), scale=(2, 6), seed=s), np.uint8, s),
+        # A batch has kept values of one number.
+        lambda s: LEAVES["kept"].take(np.roll(np.arange(6), 2 * s), 1),
+    ],
+    ids=["vectors", "levels", "kept"],
+)
+def test_vmap_over_a_batch_of_leaves(make):
+    batch = [make(s) for s in range(3)]
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *batch)
     dense = jax.vmap(px.depalettize)(stacked)
     np.testing.assert_array_equal(dense, np.stack([s.depalettize() for s in batch]))
@@ -269,7 +406,7 @@ def test_depalettize_a_tree():
     assert out["a"][1] is dense
     assert out["a"][2] is None
     assert out["b"][1] == 1.5
-    same_bits(out["a"][0], LEAVES["rows"].depalettize())
-    same_bits(out["b"][0], LEAVES["vectors"].depalettize())
+    assert_same_bits(out["a"][0], LEAVES["rows"].depalettize())
+    assert_same_bits(out["b"][0], LEAVES["vectors"].depalettize())
     assert is_palettized(tree["b"][0])
     assert not is_palettized(out["b"][0])

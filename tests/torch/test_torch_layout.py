@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import palettax as px
 from palettax.leaf import is_palettized
 from palettax.torch import from_flax, load_into, to_flax
-from tests.leaves import assert_same, random_leaf
+from tests.leaves import assert_same, forms, random_leaf
 
 
 def _divisors(n):
@@ -199,6 +199,15 @@ def test_groups_that_flattening_would_tear_are_refused_by_name():
 def test_a_wrong_flattened_is_refused(flattened, message):
     with pytest.raises(ValueError, match=message):
         from_flax(_net((1, 1)), flattened=flattened)
+
+
+@given(form=forms())
+def test_every_form_of_a_leaf_goes_there_and_back(form):
+    small = random_leaf(**form)
+    tree = {"layer": {"kernel": small}}
+    (there,) = from_flax(tree).values()
+    assert there.validate().size == small.size
+    assert_same(to_flax(from_flax(tree), tree)["layer"]["kernel"], small)
 
 
 def test_names_that_meet_in_torch_are_refused():

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from palettax.torch import load_into, to_params
-from tests.leaves import assert_same, random_leaf
+from palettax.torch.load import write_weights
+from tests.leaves import LEVELS, NO_BUFFERS, assert_same, random_leaf, with_mask
 
 
 class Tied(torch.nn.Module):
@@ -103,3 +104,25 @@ def test_nothing_is_written_where_something_does_not_fit(leaves, message):
         load_into(model, good | {name: random_leaf(shape) for name, shape in leaves.items()})
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("form", "message"), NO_BUFFERS.values(), ids=NO_BUFFERS)
+def test_nothing_is_written_where_a_form_has_no_buffers(form, message):
+    model = Tied()
+    before = copy.deepcopy(model.state_dict())
+    leaves = {"embedding.weight": random_leaf((10, 4)), "body": {"0": {"weight": random_leaf(**form)}}}
+    with pytest.raises(ValueError, match=rf"body\.0\.weight: .*{message}"):
+        load_into(model, leaves)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("lut_dtype", [None, *LEVELS])
+def test_weights_alone_are_written_from_every_form(lut_dtype, dtype):
+    model = Tied().to(dtype)
+    leaf = with_mask(random_leaf((6, 4), scale=(3, 2), lut_dtype=lut_dtype), kept=True)
+    write_weights(model, {"body.0.weight": leaf})
+    # The scales are powers of two: only the kept values are rounded.
+    expected = leaf.depalettize().astype(np.float16 if dtype == torch.float16 else np.float32)
+    np.testing.assert_array_equal(model.body[0].weight.detach().numpy(), expected)

@@ -14,7 +14,7 @@ import torch
 import palettax as px
 from palettax.torch import to_params, to_state_dict
 from palettax.torch.match import match_indices
-from tests.leaves import DTYPES, assert_same, assert_same_bits, random_leaf
+from tests.leaves import DTYPES, NO_BUFFERS, assert_same, assert_same_bits, random_leaf
 
 FORMS = {
     "tensor": dict(shape=(6, 8)),
@@ -46,6 +46,19 @@ def test_round_trip_of_every_width(nbits):
     dtype = np.float32
     leaf = random_leaf((8, 64), nbits, groups=(2, 1), dtype=dtype)
     assert_same(to_params(to_state_dict({"w": leaf}))["w"], leaf)
+
+
+@pytest.mark.parametrize(("form", "message"), NO_BUFFERS.values(), ids=NO_BUFFERS)
+def test_forms_that_have_no_buffers_are_refused_by_name(form, message):
+    with pytest.raises(ValueError, match=rf"a\.weight: .*{message}.*px\.depalettize, or build it with"):
+        to_state_dict({"a": {"weight": random_leaf(**form)}})
+
+
+def test_a_scale_in_blocks_is_no_scale_of_ours():
+    state = to_state_dict({"w": random_leaf((6, 8), scale=(6, 1))})
+    state["_COREML_/w/palettization_scale"] = state["_COREML_/w/palettization_scale"][:3]
+    with pytest.raises(ValueError, match=r"w: a palettization_scale of shape \(3, 1\) does not broadcast to \(6, 8\)"):
+        to_params(state)
 
 
 def test_the_dense_tensor_is_the_depalettized_weight():

@@ -10,7 +10,17 @@ import pytest
 
 import palettax as px
 from palettax.leaf import is_palettized
-from tests.tables import COLUMNS, DTYPES, HARD, INEXACT, NEEDS_VALUES, ROWS, params
+from tests.tables import (
+    COLUMNS,
+    DTYPES,
+    HARD,
+    INEXACT,
+    NEEDS_VALUES,
+    ORDERED,
+    RESCALED,
+    ROWS,
+    params,
+)
 
 
 def laws(test):
@@ -59,15 +69,16 @@ def test_agreement(name, dtype):
 
 
 @laws
-def test_storage_is_valid_sorted_and_of_the_dtype_of_the_leaf(name, dtype):
+def test_storage_is_valid_and_sorted(name, dtype):
     tree, _, _, small = outcome(name, dtype)
     for before, leaf in zip(jax.tree.leaves(tree), jax.tree.leaves(small, is_leaf=is_palettized), strict=True):
         assert leaf.shape == before.shape
         assert leaf.dtype == before.dtype
     for leaf in palettes(small):
         leaf.validate()
-        assert leaf.lut.dtype == leaf.dtype
-        assert (np.diff(np.asarray(leaf.lut, np.float64), axis=-2) >= 0).all()
+        table = np.asarray(leaf.lut, np.float64).reshape(-1, 2**leaf.nbits, leaf.vector_size)
+        for entries in table.tolist():
+            assert entries == sorted(entries)
 
 
 @laws
@@ -76,7 +87,8 @@ def test_inputs_are_not_mutated(name, dtype):
     same_tree(tree, before)
 
 
-@laws
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [n for n in HARD if n not in RESCALED])
 def test_idempotence(name, dtype):
     _, _, updated, _ = outcome(name, dtype)
     again, _ = HARD[name].update(updated, HARD[name].init(updated))
@@ -126,8 +138,11 @@ def test_jit_agrees_and_traces_once(name):
         with pytest.raises(ValueError, match=r"leaf 'a' .* unknown under jit; pass nbits"):
             update(tree)
         return
-    for a, b in zip(jax.tree.leaves(update(tree)), jax.tree.leaves(updated), strict=True):
-        np.testing.assert_allclose(a, b, rtol=3e-7, atol=3e-7)  # compiled as a whole, a product and a sum round once
+    for a, b, w in zip(*map(jax.tree.leaves, (update(tree), updated, tree)), strict=True):
+        if name in RESCALED:  # in the precision that compiled code has, another step may look best
+            assert np.square(a - w).sum() == pytest.approx(np.square(b - w).sum(), rel=0.1)
+        else:  # compiled as a whole, a product and a sum round once
+            np.testing.assert_allclose(a, b, rtol=3e-7, atol=3e-7)
     update(params(np.float32, seed=1))
     assert len(traces) == 1
 
@@ -155,7 +170,7 @@ def shuffled(array, rows, columns):
     return array
 
 
-@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("name", [n for n in HARD if n not in ORDERED])
 def test_permutation(name):
     tree, _, updated, _ = outcome(name, "float32")
     rng = np.random.default_rng(0)
@@ -256,7 +271,10 @@ def test_widths_core_ml_has_not(make, nbits):
         make(nbits)
 
 
-@pytest.mark.parametrize("make", [lambda g: px.kmeans(2, granularity=g), lambda g: px.uniform(2, granularity=g)])
-def test_vectors_are_refused(make):
-    with pytest.raises(ValueError, match="vector_size=2; only scalars"):
-        make(px.Granularity(vector_size=2, vector_axis=1))
+def test_vectors_are_refused_where_there_are_none():
+    pairs = px.Granularity(vector_size=2, vector_axis=1)
+    with pytest.raises(ValueError, match="vector_size=2 without a key; vectors start at random"):
+        px.kmeans(2, granularity=pairs)
+    for make in (px.unique, lambda **kwargs: px.uniform(2, **kwargs), lambda **kwargs: px.custom(len, **kwargs)):
+        with pytest.raises(ValueError, match="vector_size=2; only kmeans makes tables of vectors"):
+            make(granularity=pairs)

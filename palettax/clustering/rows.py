@@ -1,0 +1,99 @@
+"""Exact k-means of many groups of weights at once, on all cores."""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import jax.numpy as jnp
+import numpy as np
+
+from palettax.clustering.entries import assign_rows, round_entries, slot_of, thresholds_of
+from palettax.clustering.exact import kernel
+from palettax.clustering.host import in_threads
+from palettax.clustering.nodes import fit_points
+from palettax.clustering.points import PATTERNS, count_points, finite_patterns, sorted_rows
+
+# Shorter rows of 16-bit floats are sorted as float32: quicker than going through the counts of all bits.
+LEAST_COUNTED = 16384
+# Weights that a thread takes at a time.
+TASK = 1 << 18
+
+
+def fit_rows(
+    weights: np.ndarray,
+    sensitivity: np.ndarray | None,
+    lut: np.ndarray,
+    indices: np.ndarray,
+    inertia: np.ndarray,
+    num_steps: np.ndarray,
+    converged: np.ndarray,
+) -> None:
+    """Find the optimal lut of every row, rounded to the dtype of `lut`, and the nearest entry of every weight.
+
+    Args:
+        weights: (rows, n), floating.
+        sensitivity: (rows, n), real, or None.
+        lut: (rows, k), filled; NaN for rows that hold NaN, infinities or a sensitivity that is no mass.
+        indices: (rows, n) uint8, filled.
+        inertia: (rows,), filled.
+        num_steps: (rows,) int32, filled: probes.
+        converged: (rows,) bool, filled: whether the optimum is proven.
+    """
+    weights = np.ascontiguousarray(weights)
+    finfo = jnp.finfo(lut.dtype)
+    precision = int(finfo.nmant) + 1, int(finfo.minexp)
+    counted = weights.dtype.itemsize == 2 and weights.shape[1] >= LEAST_COUNTED
+
+    def fit(rows: slice) -> None:
+        part = weights[rows]
+        mass = np.empty((len(part), 0)) if sensitivity is None else sensitivity[rows].astype(np.float64)
+        entries, errors = np.empty((len(part), lut.shape[1])), np.empty(len(part))
+        if counted:
+            flags = num_steps[rows], converged[rows]
+            patterns = finite_patterns(part.dtype)
+            _fit_bits(part.view(np.uint16), mass, *patterns, *precision, entries, indices[rows], errors, *flags)
+        else:
+            _fit_sorted(*sorted_rows(part, mass), *precision, entries, num_steps[rows], converged[rows])
+            wide = part.astype(np.promote_types(part.dtype, np.float32), copy=False)
+            assign_rows(wide, mass, entries, indices[rows], errors)
+        with np.errstate(over="ignore"):  # an inertia too large for float32 is infinite
+            lut[rows], inertia[rows] = entries, errors
+
+    step = max(1, TASK // weights.shape[1])
+    in_threads(fit, [slice(i, i + step) for i in range(0, len(weights), step)])
+
+
+@kernel
+@no_type_check
+def _fit_sorted(values, mass, digits, least_exponent, luts, num_steps, converged):
+    for row in range(values.shape[0]):
+        num_steps[row], converged[row] = fit_points(values[row], mass[row], luts[row])
+        round_entries(luts[row], digits, least_exponent)
+
+
+@kernel
+@no_type_check
+def _fit_bits(
+    bits, mass, patterns, pattern_values, digits, least_exponent, luts, indices, inertia, num_steps, converged
+):
+    table = np.zeros(PATTERNS, np.uint8)
+    for row in range(bits.shape[0]):
+        lut = luts[row]
+        values, masses, sound = count_points(bits[row], mass[row], patterns, pattern_values)
+        if sound:
+            num_steps[row], converged[row] = fit_points(values, masses, lut)
+            round_entries(lut, digits, least_exponent)
+        else:
+            lut[:], num_steps[row], converged[row] = np.nan, 0, False
+        thresholds, first = thresholds_of(lut)
+        slot = 0
+        for p in range(patterns.shape[0]):
+            while slot < thresholds.shape[0] and thresholds[slot] < pattern_values[p]:
+                slot += 1
+            table[patterns[p]] = first[slot]
+        for i in range(bits.shape[1]):
+            indices[row, i] = table[bits[row, i]]
+        total = 0.0
+        for i in range(values.shape[0]):
+            total += masses[i] * (values[i] - lut[first[slot_of(values[i], thresholds)]]) ** 2
+        inertia[row] = total if sound else np.nan

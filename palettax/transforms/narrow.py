@@ -1,0 +1,83 @@
+"""`quantize_lut`: tables in a narrow dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from palettax._typing import Array, Tree
+from palettax.clustering.checks import float64_stays
+from palettax.clustering.levels import level_values, quantized_lut
+from palettax.leaf import is_palettized, merge_blocks, multiply_scales, split_blocks
+from palettax.transforms.base import PaletteTransformation, map_leaves
+from palettax.transforms.elements import hide_elements, weigh_elements
+from palettax.transforms.wrapping import dense_on_host, scaled_mass, spread, stored, wrapped
+
+
+def quantize_lut(inner: PaletteTransformation, dtype: Any) -> PaletteTransformation:
+    """Store tables in a narrow dtype: entry = step · level, one step per table.
+
+    minimise over step, levels and indices:  Σ sensitivity · (weight - step · level[index])²
+
+    The levels are chosen among all that the dtype holds, not rounded to: of the tables of a group with a given step the
+    one chosen is optimal. Indices are found anew. The step of a table becomes its block of the leaf's `scale`.
+
+    Args:
+        inner: the transform that makes the tables; scalars only.
+        dtype: int8, uint8 (a level u stands for u - 128), float8_e4m3fn or float8_e5m2.
+
+    Raises:
+        ValueError: another dtype; from `update` and `finalize`, tables of vectors, or tables that are narrow already.
+
+    Example:
+        >>> import jax, palettax as px
+        >>> weights = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
+        >>> small = px.palettize(weights, px.quantize_lut(px.kmeans(4), "int8"))["w"]
+        >>> str(small.lut.dtype), small.scale.shape
+        ('int8', (1, 1))
+
+    References:
+        Wu, "Optimal quantization by matrix searching", Journal of Algorithms 12, 1991.
+    """
+    narrow = _dtype_of(dtype)
+
+    @float64_stays
+    def quantize(name: str, leaf: Any, weights: Array, sensitivity: Array | None) -> Any:
+        if not is_palettized(leaf):
+            return leaf
+        if leaf.vector_size > 1 or leaf.lut.dtype != leaf.dtype:
+            what = f"vectors of {leaf.vector_size}" if leaf.vector_size > 1 else f"{leaf.lut.dtype}"
+            raise ValueError(f"quantize_lut takes tables of float scalars, and these are of {what}")
+        if leaf.mask is not None:
+            sensitivity = weigh_elements(sensitivity, weights, leaf.mask)
+            weights = hide_elements(weights, leaf.mask)
+        if leaf.scale is not None:
+            scale = spread(leaf.scale, leaf.shape)
+            sensitivity, weights = scaled_mass(name, weights, sensitivity, scale), weights / scale
+        rows = split_blocks(weights, leaf.groups)
+        mass = None if sensitivity is None else split_blocks(sensitivity, leaf.groups)
+        fit = quantized_lut(rows, 2**leaf.nbits, narrow, mass, step_dtype=leaf.dtype)
+        indices = merge_blocks(jnp.asarray(fit.indices), leaf.groups, leaf.shape)
+        step = jnp.asarray(fit.step, leaf.dtype).reshape(leaf.groups)
+        return dataclasses.replace(
+            leaf,
+            lut=jnp.asarray(fit.lut).reshape(leaf.lut.shape),
+            indices=indices if leaf.mask is None else jnp.where(leaf.mask, indices, 0),
+            scale=step if leaf.scale is None else multiply_scales(leaf.scale, step),
+        )
+
+    def finalize(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> Tree:
+        small = inner.finalize(params, state, sensitivity=sensitivity)
+        return stored(params, map_leaves(quantize, small, dense_on_host(params), sensitivity))
+
+    return wrapped(inner, finalize)
+
+
+def _dtype_of(dtype: Any) -> np.dtype:
+    """A narrow dtype, also by name."""
+    narrow = jnp.dtype(dtype)
+    level_values(narrow)  # refuses others
+    return narrow
