@@ -161,7 +161,7 @@ def _cell_means_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     return lut, jnp.where(total > 0, moved / jnp.where(total > 0, total, 1), 0).astype(lut.dtype)
 
 
-@partial(jax.jit, static_argnums=(2, 3))
-def _lloyd_groups(weights: Array, sensitivity: Array | None, k: int, max_steps: int) -> LutFit:
+@partial(jax.jit, static_argnums=2)
+def _lloyd_groups(weights: Array, sensitivity: Array | None, k: int, max_steps: int | jax.Array) -> LutFit:
     axes = (0, None if sensitivity is None else 0)
     return jax.vmap(lambda w, s: lloyd(w, k, s, max_steps), axes)(weights, sensitivity)

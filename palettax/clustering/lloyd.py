@@ -11,7 +11,7 @@ from palettax.clustering.fit import LutFit
 
 
 def lloyd(
-    weights: Float[jax.Array, " n"], k: int, sensitivity: Float[jax.Array, " n"] | None, max_steps: int
+    weights: Float[jax.Array, " n"], k: int, sensitivity: Float[jax.Array, " n"] | None, max_steps: int | jax.Array
 ) -> LutFit:
     """Alternate nearest-entry assignment and weighted means until no index moves.
 

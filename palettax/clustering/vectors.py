@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,17 +81,17 @@ def kmeans_vectors(
     if restarts < 1:
         raise ValueError(f"restarts={restarts}; at least one start is needed")
     vectors, sensitivity = jax.lax.stop_gradient((vectors, sensitivity))
-    return _fit_groups(vectors, sensitivity, key, tol, k, max_steps, restarts)
+    return _fit_groups(vectors, sensitivity, key, tol, max_steps, k, restarts)
 
 
-@partial(jax.jit, static_argnums=(4, 5, 6))
+@partial(jax.jit, static_argnums=(5, 6))
 def _fit_groups(
     vectors: Array,
     sensitivity: Array | None,
     key: PRNGKey,
     tol: float | jax.Array,
+    max_steps: int | jax.Array,
     k: int,
-    max_steps: int,
     restarts: int,
 ) -> LutFit:
     groups, m, _ = vectors.shape
@@ -117,7 +117,7 @@ def fit_group(
     *,
     k: int,
     tol: float | jax.Array,
-    max_steps: int,
+    max_steps: int | jax.Array,
     restarts: int,
 ) -> LutFit:
     """`kmeans_vectors` of one group."""
@@ -175,7 +175,7 @@ class _Lloyd(NamedTuple):
     settled: jax.Array
 
 
-def _lloyd(points: jax.Array, mass: jax.Array | None, lut: jax.Array, max_steps: int, tol: float | jax.Array) -> _Lloyd:
+def _lloyd(points: jax.Array, mass: jax.Array | None, lut: jax.Array, max_steps: Any, tol: Any) -> _Lloyd:
     """Lloyd's iteration with Nesterov's momentum, until a plain step moves no index or gains at most `tol`.
 
     A step that gains nothing is taken back, and the next is plain: a plain step can't lose.
