@@ -49,6 +49,7 @@ HARD = {
     "uint8 lut rows": px.quantize_lut(px.kmeans(2, granularity=ROWS), "uint8"),
     "float8 lut": px.quantize_lut(px.kmeans(3), jnp.float8_e4m3fn),
     "int8 lut channel scale": px.quantize_lut(px.with_channel_scale(px.kmeans(2), max_steps=2), "int8"),
+    "int8 lut vectors": px.quantize_lut(px.kmeans(3, granularity=PAIRS_OF_ROWS, key=KEY), "int8"),
     "elements": px.masked(px.kmeans(2), every_third),
     "zeros": px.keep_zeros(px.kmeans(2)),
     "sparse": px.keep_zeros(px.kmeans(2), sparse=True),
@@ -58,7 +59,7 @@ HARD = {
 NEEDS_VALUES = {"unique"}
 """Rows that choose a storage by the values: eager only."""
 
-INEXACT = {"custom", "int8 lut", "uint8 lut rows", "float8 lut", "int8 lut channel scale"}
+INEXACT = {"custom", "int8 lut", "int8 lut vectors", "uint8 lut rows", "float8 lut", "int8 lut channel scale"}
 """Rows that may move weights of two values; those of -1 and 1 they keep."""
 
 RESCALED = {name for name in HARD if "channel scale" in name}
@@ -66,6 +67,10 @@ RESCALED = {name for name in HARD if "channel scale" in name}
 
 ORDERED = {name for name in HARD if "vectors" in name or name == "elements"}
 """Rows that treat weights by their place: which of them are neighbours, or left out."""
+
+
+ABOUT_ZERO = {n for n in HARD if n in ("custom", "zeros", "sparse", "elements") or "lut" in n or "scale" in n}
+"""Rows to which zero is a value like no other, so that shifted weights are other weights."""
 
 
 def data(kind: str, n: int, seed: int = 0) -> np.ndarray:

@@ -66,17 +66,16 @@ def host_assign(weights, lut, indices):
 @kernel
 @no_type_check
 def assign_rows(weights, mass, luts, indices, inertia):
-    """`host_assign` for every row; fills `inertia` too. Mass that is empty or zero everywhere counts as one."""
+    """`host_assign` for every row; fills `inertia` too. Mass that is empty counts as one."""
     for row in range(weights.shape[0]):
         lut = luts[row]
         thresholds, first = thresholds_of(lut)
-        weighted = np.any(mass[row] > 0.0)
         total = 0.0
         for i in range(weights.shape[1]):
             value = np.float64(weights[row, i])
             slot = first[slot_of(value, thresholds)]
             indices[row, i] = slot
-            total += (mass[row, i] if weighted else 1.0) * (value - lut[slot]) ** 2
+            total += (mass[row, i] if mass.shape[1] else 1.0) * (value - lut[slot]) ** 2
         inertia[row] = total
 
 

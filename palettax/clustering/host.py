@@ -46,16 +46,13 @@ def host_call(function: HostFunction, results: Sequence[jax.ShapeDtypeStruct], *
     return jax.lax.platform_dependent(*args, cpu=custom_call, default=fallback)
 
 
-def in_threads(function: Callable[[Any], None], tasks: Sequence[Any]) -> None:
-    """Call a function that holds no GIL on every task, on all cores."""
+def in_threads(function: Callable[[Any], Any], tasks: Sequence[Any]) -> list[Any]:
+    """What a function that holds no GIL makes of every task, on all cores."""
     threads = min(len(tasks), os.cpu_count() or 1)
     if threads == 1:
-        for task in tasks:
-            function(task)
-        return
+        return list(map(function, tasks))
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(function, tasks):
-            pass
+        return list(pool.map(function, tasks))
 
 
 def _call(function: HostFunction, results: Sequence[jax.ShapeDtypeStruct], *args: Array) -> list[np.ndarray]:

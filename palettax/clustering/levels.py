@@ -21,7 +21,7 @@ from palettax.clustering.entries import assign_rows
 from palettax.clustering.host import host_call, in_threads
 from palettax.clustering.level_path import Format, with_middles
 from palettax.clustering.level_search import fit_rows
-from palettax.clustering.points import count_points, finite_patterns, sorted_rows
+from palettax.clustering.points import count_points, finite_patterns, mass_rows, sorted_rows
 from palettax.clustering.rows import LEAST_COUNTED, TASK
 
 ZERO_LEVEL = 128
@@ -34,14 +34,14 @@ class QuantizedFit(NamedTuple):
     """Lookup tables of narrow entries: the value of an entry is its level times its group's step.
 
     Attributes:
-        lut: (groups, k), int8, uint8 (128 stands for 0) or float8: the levels, ascending. A group that needs fewer than
-            k repeats the last.
+        lut: (groups, k), for vectors (groups, k, d), int8, uint8 (128 stands for 0) or float8: the levels, ascending.
+            A group that needs fewer than k repeats the last.
         step: (groups,) of `step_dtype`, positive.
         indices: uint8 (groups, n): the entry nearest to each weight, the lowest on ties.
         inertia: (groups,) Σ sensitivity · (weight - step · level[index])².
     """
 
-    lut: Shaped[Array, "groups k"]
+    lut: Shaped[Array, "groups k *vector"]
     step: Float[Array, " groups"]
     indices: UInt8[Array, "groups n"]
     inertia: Float[Array, " groups"]
@@ -105,7 +105,13 @@ def quantized_lut(
     table = np.broadcast_to(levels.astype(np.float32), (weights.shape[0], levels.size))
     args = [weights, table] if sensitivity is None else [weights, table, sensitivity]
     lut, *rest = host_call(_fit_groups, results, *args)
-    return QuantizedFit((lut + ZERO_LEVEL if np.dtype(dtype) == np.uint8 else lut).astype(dtype), *rest)
+    return QuantizedFit(stored_levels(lut, dtype), *rest)
+
+
+def stored_levels(levels: Float[Array, "*lut"], dtype: np.typing.DTypeLike) -> Shaped[Array, "*lut"]:
+    """Levels as their dtype stores them."""
+    narrow = np.dtype(dtype)
+    return (levels + ZERO_LEVEL if narrow == np.uint8 else levels).astype(narrow)
 
 
 def _fit_groups(*arrays: np.ndarray) -> None:
@@ -121,14 +127,14 @@ def _fit_groups(*arrays: np.ndarray) -> None:
 
     def fit(rows: slice) -> None:
         weights = np.ascontiguousarray(inputs[0][rows])
-        mass = inputs[2][rows].astype(np.float64) if len(inputs) == 3 else np.empty((len(weights), 0))
+        mass = mass_rows(inputs[2][rows] if len(inputs) == 3 else None, len(weights)).astype(np.float64)
         chosen = np.empty((len(weights), lut.shape[1]), np.int64)
         steps, errors = np.empty(len(weights)), np.empty(len(weights))
         if weights.dtype.itemsize == 2 and weights.shape[1] >= LEAST_COUNTED:
             for i in range(len(weights)):
                 bits = weights[i].view(np.uint16)
                 values, total, sound = count_points(bits, mass[i], *finite_patterns(weights.dtype))
-                values = values[None] if sound else np.full((1, 1), np.nan)
+                values = values[None] if sound else np.full((1, 1), np.nan, np.float32)
                 fit_rows(values, total[None], levels, form, chosen[i : i + 1], steps[i : i + 1])
         else:
             fit_rows(*sorted_rows(weights, mass), levels, form, chosen, steps)

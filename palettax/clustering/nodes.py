@@ -21,7 +21,7 @@ import numpy as np
 from palettax.clustering.exact import kernel, optimal_path, power_of_two
 
 # Neighbouring boundaries shift together at little cost, the less the more there are: hence nodes by the square of k.
-LEAST_NODES = 256
+LEAST_NODES, MOST_NODES = 256, 36_000
 REACH = 3
 PIECES = 8
 
@@ -128,7 +128,7 @@ def optimum(values, mass, lut):
 def _first_nodes(values, mass, k):
     """Positions of the first nodes, ascending in value, and Panter and Dite's slope of the cost: (∫ f^⅓)³ / (6 k³)."""
     n = values.shape[0]
-    wanted = max(LEAST_NODES, (16 + k // 2) * k)
+    wanted = max(LEAST_NODES, min((16 + 2 * k) * k, MOST_NODES), 4 * k)
     blocks = min(4 * wanted, n - 1)
     share = np.empty(blocks)
     total = 0.0

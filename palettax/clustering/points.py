@@ -23,7 +23,7 @@ class Points(NamedTuple):
     """The values of n weights, and how much an error at each costs.
 
     Attributes:
-        values: (m,) ascending: for 16-bit weights the distinct ones, in float64; for wider ones all n, in their dtype.
+        values: (m,) ascending, float32, or float64 for float64: of 16-bit weights the distinct ones, of wider ones all.
         mass: (m,) float64: the sensitivity that falls on each value, or its count; (0,) for one everywhere.
     """
 
@@ -65,6 +65,14 @@ def distinct_count(weights: np.ndarray) -> int:
     return int(np.count_nonzero(np.diff(values)) + 1)
 
 
+def mass_rows(sensitivity: np.ndarray | None, rows: int) -> np.ndarray:
+    """Sensitivities (rows, n) with ones in the rows that are zero everywhere; (rows, 0) for None."""
+    if sensitivity is None:
+        return np.empty((rows, 0))
+    empty = ~(sensitivity != 0).any(axis=1)
+    return np.where(empty[:, None], 1, sensitivity) if empty.any() else sensitivity
+
+
 def is_mass(sensitivity: np.ndarray) -> bool:
     """Whether every entry is a finite number ≥ 0."""
     return bool((sensitivity >= 0).all() and np.isfinite(sensitivity).all())
@@ -72,11 +80,11 @@ def is_mass(sensitivity: np.ndarray) -> bool:
 
 @cache
 def finite_patterns(dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """The bit patterns, uint16, of the finite values of a 16-bit float type in ascending order; the values, float64."""
+    """The bit patterns, uint16, of the finite values of a 16-bit float type in ascending order; the values, float32."""
     # Negative floats descend with their bits, the others ascend.
     patterns = np.concatenate([np.arange(0xFFFF, 0x7FFF, -1), np.arange(0x8000)]).astype(np.uint16)
     with np.errstate(invalid="ignore"):  # signalling NaNs are among the patterns
-        values = patterns.view(dtype).astype(np.float64) + 0.0
+        values = patterns.view(dtype).astype(np.float32) + np.float32(0)
     return patterns[np.isfinite(values)], values[np.isfinite(values)]
 
 
@@ -106,7 +114,7 @@ def count_points(bits, sensitivity, patterns, pattern_values):
     if weighted:
         for i in range(bits.shape[0]):
             mass[bits[i]] += sensitivity[i]
-    values, masses = np.empty(patterns.shape[0]), np.empty(patterns.shape[0])
+    values, masses = np.empty(patterns.shape[0], np.float32), np.empty(patterns.shape[0])
     m, seen = 0, 0
     for p in range(patterns.shape[0]):
         b = patterns[p]

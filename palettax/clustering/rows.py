@@ -11,7 +11,7 @@ from palettax.clustering.entries import assign_rows, round_entries, slot_of, thr
 from palettax.clustering.exact import kernel
 from palettax.clustering.host import in_threads
 from palettax.clustering.nodes import fit_points
-from palettax.clustering.points import PATTERNS, count_points, finite_patterns, sorted_rows
+from palettax.clustering.points import PATTERNS, count_points, finite_patterns, mass_rows, sorted_rows
 
 # Shorter rows of 16-bit floats are sorted as float32: quicker than going through the counts of all bits.
 LEAST_COUNTED = 16384
@@ -40,27 +40,37 @@ def fit_rows(
         converged: (rows,) bool, filled: whether the optimum is proven.
     """
     weights = np.ascontiguousarray(weights)
+    rows, n = weights.shape
+    mass = mass_rows(sensitivity, rows)
     finfo = jnp.finfo(lut.dtype)
     precision = int(finfo.nmant) + 1, int(finfo.minexp)
-    counted = weights.dtype.itemsize == 2 and weights.shape[1] >= LEAST_COUNTED
+    entries, errors = np.empty(lut.shape), np.zeros(rows)
+    counted = weights.dtype.itemsize == 2 and n >= LEAST_COUNTED
 
-    def fit(rows: slice) -> None:
-        part = weights[rows]
-        mass = np.empty((len(part), 0)) if sensitivity is None else sensitivity[rows].astype(np.float64)
-        entries, errors = np.empty((len(part), lut.shape[1])), np.empty(len(part))
+    def fit(part: tuple[slice, slice]) -> None:
+        taken, own = part[0], mass[part].astype(np.float64)
+        results = *precision, entries[taken], num_steps[taken], converged[taken]
         if counted:
-            flags = num_steps[rows], converged[rows]
-            patterns = finite_patterns(part.dtype)
-            _fit_bits(part.view(np.uint16), mass, *patterns, *precision, entries, indices[rows], errors, *flags)
+            bits, patterns = weights[taken].view(np.uint16), finite_patterns(weights.dtype)
+            _fit_bits(bits, own, *patterns, *results, indices[taken], errors[taken])
         else:
-            _fit_sorted(*sorted_rows(part, mass), *precision, entries, num_steps[rows], converged[rows])
-            wide = part.astype(np.promote_types(part.dtype, np.float32), copy=False)
-            assign_rows(wide, mass, entries, indices[rows], errors)
-        with np.errstate(over="ignore"):  # an inertia too large for float32 is infinite
-            lut[rows], inertia[rows] = entries, errors
+            _fit_sorted(*sorted_rows(weights[taken], own), *results)
 
-    step = max(1, TASK // weights.shape[1])
-    in_threads(fit, [slice(i, i + step) for i in range(0, len(weights), step)])
+    def assign(part: tuple[slice, slice]) -> np.ndarray:
+        wide = weights[part].astype(np.promote_types(weights.dtype, np.float32), copy=False)
+        partial = np.empty(len(wide))
+        assign_rows(wide, mass[part].astype(np.float64), entries[part[0]], indices[part], partial)
+        return partial
+
+    step = max(1, TASK // n)
+    parts = [(slice(row, row + step), slice(None)) for row in range(0, rows, step)]
+    in_threads(fit, parts)
+    if not counted:
+        pieces = [(taken, slice(i, i + TASK)) for taken, _ in parts for i in range(0, n, TASK)]
+        for (taken, _), partial in zip(pieces, in_threads(assign, pieces), strict=True):
+            errors[taken] += partial
+    with np.errstate(over="ignore"):  # an inertia too large for float32 is infinite
+        lut[:], inertia[:] = entries, errors
 
 
 @kernel
@@ -74,7 +84,7 @@ def _fit_sorted(values, mass, digits, least_exponent, luts, num_steps, converged
 @kernel
 @no_type_check
 def _fit_bits(
-    bits, mass, patterns, pattern_values, digits, least_exponent, luts, indices, inertia, num_steps, converged
+    bits, mass, patterns, pattern_values, digits, least_exponent, luts, num_steps, converged, indices, inertia
 ):
     table = np.zeros(PATTERNS, np.uint8)
     for row in range(bits.shape[0]):

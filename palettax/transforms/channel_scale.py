@@ -51,10 +51,10 @@ def with_channel_scale(
     if max_steps < 1:
         raise ValueError(f"max_steps={max_steps}; at least one fit is needed")
 
-    def first_scale(name: str, weights: Array) -> Array:
-        rank = weights.ndim
+    def first_scale(name: str, weights: Any) -> Array:
+        rank = getattr(weights, "ndim", 0)
         if rank < 2 or not jnp.issubdtype(weights.dtype, jnp.floating):
-            return np.ones((1,) * rank, weights.dtype)
+            return np.ones((1,) * rank, np.float32)
         axis = channel_axes(name, rank)[0] if channel_axis is None else channel_axis
         if not -rank <= axis < rank:
             raise ValueError(f"channel_axis={channel_axis} is not an axis of {weights.shape}")

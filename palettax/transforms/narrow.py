@@ -10,6 +10,7 @@ import numpy as np
 
 from palettax._typing import Array, Tree
 from palettax.clustering.checks import float64_stays
+from palettax.clustering.level_vectors import quantized_vectors
 from palettax.clustering.levels import level_values, quantized_lut
 from palettax.leaf import is_palettized, merge_blocks, multiply_scales, split_blocks
 from palettax.transforms.base import PaletteTransformation, map_leaves
@@ -22,15 +23,16 @@ def quantize_lut(inner: PaletteTransformation, dtype: Any) -> PaletteTransformat
 
     minimise over step, levels and indices:  Σ sensitivity · (weight - step · level[index])²
 
-    The levels are chosen among all that the dtype holds, not rounded to: of the tables of a group with a given step the
-    one chosen is optimal. Indices are found anew. The step of a table becomes its block of the leaf's `scale`.
+    The levels are chosen among all that the dtype holds, not rounded to: for scalars the table of a group is optimal
+    for its step, for vectors every entry for its cell. Indices are found anew. The step of a table becomes its block of
+    the leaf's `scale`.
 
     Args:
-        inner: the transform that makes the tables; scalars only.
+        inner: the transform that makes the tables.
         dtype: int8, uint8 (a level u stands for u - 128), float8_e4m3fn or float8_e5m2.
 
     Raises:
-        ValueError: another dtype; from `update` and `finalize`, tables of vectors, or tables that are narrow already.
+        ValueError: another dtype; from `update` and `finalize`, tables that are narrow already.
 
     Example:
         >>> import jax, palettax as px
@@ -48,19 +50,23 @@ def quantize_lut(inner: PaletteTransformation, dtype: Any) -> PaletteTransformat
     def quantize(name: str, leaf: Any, weights: Array, sensitivity: Array | None) -> Any:
         if not is_palettized(leaf):
             return leaf
-        if leaf.vector_size > 1 or leaf.lut.dtype != leaf.dtype:
-            what = f"vectors of {leaf.vector_size}" if leaf.vector_size > 1 else f"{leaf.lut.dtype}"
-            raise ValueError(f"quantize_lut takes tables of float scalars, and these are of {what}")
+        if leaf.lut.dtype != leaf.dtype:
+            raise ValueError(f"the table is of {leaf.lut.dtype} already; quantize_lut takes tables of floats")
         if leaf.mask is not None:
             sensitivity = weigh_elements(sensitivity, weights, leaf.mask)
             weights = hide_elements(weights, leaf.mask)
         if leaf.scale is not None:
             scale = spread(leaf.scale, leaf.shape)
             sensitivity, weights = scaled_mass(name, weights, sensitivity, scale), weights / scale
-        rows = split_blocks(weights, leaf.groups)
-        mass = None if sensitivity is None else split_blocks(sensitivity, leaf.groups)
-        fit = quantized_lut(rows, 2**leaf.nbits, narrow, mass, step_dtype=leaf.dtype)
-        indices = merge_blocks(jnp.asarray(fit.indices), leaf.groups, leaf.shape)
+        vectors = leaf.vector_axis, leaf.vector_size
+        rows = split_blocks(weights, leaf.groups, *vectors)
+        mass = None if sensitivity is None else split_blocks(sensitivity, leaf.groups, *vectors)
+        if leaf.vector_size == 1:
+            fit = quantized_lut(rows, 2**leaf.nbits, narrow, mass, step_dtype=leaf.dtype)
+        else:
+            lut = leaf.lut.reshape(-1, *leaf.lut.shape[-2:])
+            fit = quantized_vectors(rows, lut, narrow, mass, step_dtype=leaf.dtype)
+        indices = merge_blocks(jnp.asarray(fit.indices), leaf.groups, leaf.indices.shape)
         step = jnp.asarray(fit.step, leaf.dtype).reshape(leaf.groups)
         return dataclasses.replace(
             leaf,

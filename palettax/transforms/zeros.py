@@ -14,7 +14,7 @@ from palettax.clustering.checks import float64_stays
 from palettax.clustering.levels import ZERO_LEVEL
 from palettax.leaf import is_palettized, level_numbers, merge_blocks, split_blocks
 from palettax.transforms.base import PaletteTransformation, map_leaves
-from palettax.transforms.elements import hide_elements, keep_elements, numpy_of, weigh_elements
+from palettax.transforms.elements import hide_elements, is_element_mask, keep_elements, numpy_of, weigh_elements
 from palettax.transforms.wrapping import dense_on_host, positive, spread, stored, wrapped
 
 
@@ -39,7 +39,9 @@ def keep_zeros(inner: PaletteTransformation, *, sparse: bool = False) -> Palette
         (True, False)
     """
 
-    def pinned(name: str, weights: Array, sensitivity: Array | None, mask: Array) -> Array:
+    def pinned(name: str, weights: Any, sensitivity: Array | None, mask: Any) -> Array | None:
+        if not is_element_mask(mask):
+            return sensitivity
         # As good as infinite, so that an entry settles on zero; its last bits are set afterwards.
         mass: Any = weigh_elements(sensitivity, weights, mask)
         total = mass.sum()

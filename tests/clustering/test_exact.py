@@ -11,7 +11,7 @@ from sklearn.cluster import KMeans
 
 import palettax as px
 from palettax.clustering.nodes import optimum
-from palettax.clustering.points import ONES
+from palettax.clustering.points import ONES, distinct_count
 from tests.tables import DTYPES, KINDS, data, sensitivities
 
 
@@ -117,12 +117,63 @@ def test_nothing_beats_it(kind):
     assert all(inertia(best.lut) <= inertia(lut) * (1 + 1e-7) for lut in rivals)
 
 
-def test_a_lossless_table_is_found():
-    values = np.linspace(-1, 1, 16).astype(np.float16)
-    weights = values[np.random.default_rng(0).integers(0, 16, 2_500_000)]
+@pytest.mark.parametrize("n", [4_000_000, 10_000_000])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_many_half_precision_weights_of_few_values(n, dtype):
+    values = np.linspace(-1, 1, 16).astype(DTYPES[dtype])
+    weights = values[np.random.default_rng(0).integers(0, 16, n)]
+    assert distinct_count(weights) == 16
     fit = px.kmeans_lut(weights, 4)
     np.testing.assert_array_equal(fit.lut, values.astype(np.float32))
     np.testing.assert_array_equal(np.asarray(fit.lut)[np.asarray(fit.indices)], weights)
+
+
+@pytest.mark.parametrize("n", [4_000_000, 10_000_000])
+def test_many_half_precision_weights_of_many_values(n):
+    bits = np.random.default_rng(0).permutation(np.arange(0x7C00, dtype=np.uint16))[:30_000]
+    weights = np.resize(bits, n).view(np.float16)
+    assert distinct_count(weights) == 30_000
+    fit = px.kmeans_lut(weights, 8)
+    assert px.certify(weights, fit.lut) <= 1e-9
+    values, counts = bits.view(np.float16), np.bincount(np.arange(n) % 30_000)
+    counted = px.kmeans_lut(values, 8, sensitivity=counts.astype(np.float32))
+    np.testing.assert_array_equal(counted.lut, fit.lut)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 0.3, 7.0, 1e4])
+@pytest.mark.parametrize("nbits", [1, 4, 8])
+def test_the_lut_scales_with_the_weights(scale, nbits):
+    weights = data("normal", 4000).astype(np.float32)
+    scaled = weights * np.float32(scale)
+    small, plain = px.kmeans_lut(scaled, nbits), px.kmeans_lut(weights, nbits)
+    np.testing.assert_allclose(np.asarray(small.lut) / np.float32(scale), plain.lut, rtol=1e-6, atol=1e-9)
+    assert float(small.inertia) / scale**2 == pytest.approx(float(plain.inertia), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_optimal_where_nodes_stand_for_many_points(kind):
+    """Enough points that the solver starts from a part of them, few enough for dynamic programming over all."""
+    weights = np.sort(data(kind, 1500))
+    for mass in (None, sensitivities(1500)):
+        w, m = (weights, np.ones(1500)) if mass is None else (weights[mass > 0], mass[mass > 0])
+        origin = w[w.size // 2]
+        best = layered(w - origin, m, 12)
+        for k in (1, 2, 3, 7, 12):
+            found = px.kmeans_curve(weights, [k], sensitivity=mass)[0]
+            assert found == pytest.approx(best[k - 1], rel=1e-6, abs=1e-9 * float(m @ (w - origin) ** 2))
+
+
+def layered(values, mass, most):
+    """The least cost of 1..most intervals: a layer per interval, every split tried, in doubles."""
+    sums = [np.concatenate([[0], np.cumsum(mass * values**p)]) for p in range(3)]
+    weight, first, second = (s[None, :] - s[:, None] for s in sums)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cost = np.where(weight > 0, np.maximum(second - first**2 / weight, 0), np.inf)
+    best, found = np.where(np.arange(values.size + 1) == 0, 0, np.inf), []
+    for _ in range(most):
+        best = np.minimum(np.min(best[:, None] + cost, axis=0), best)
+        found.append(best[-1])
+    return found
 
 
 @settings(max_examples=30)

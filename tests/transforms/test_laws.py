@@ -1,5 +1,6 @@
 """The laws every hard transform obeys: rows of `HARD`, leaves of every float type."""
 
+import dataclasses
 import itertools
 from functools import cache
 
@@ -9,8 +10,11 @@ import numpy as np
 import pytest
 
 import palettax as px
-from palettax.leaf import is_palettized
+import palettax.coreml
+from palettax.leaf import is_palettized, pack, unpack
+from tests.leaves import assert_same
 from tests.tables import (
+    ABOUT_ZERO,
     COLUMNS,
     DTYPES,
     HARD,
@@ -21,6 +25,8 @@ from tests.tables import (
     ROWS,
     params,
 )
+
+assert palettax.coreml  # imported first: it brings coremltools in without its noise
 
 
 def laws(test):
@@ -178,6 +184,53 @@ def test_permutation(name):
     moved, _ = HARD[name].update(jax.tree.map(lambda w: shuffled(w, rows, columns), tree), HARD[name].init(tree))
     for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(updated), strict=True):
         np.testing.assert_allclose(a, shuffled(np.asarray(b), rows, columns), rtol=1e-5)  # Lloyd's sums reorder
+
+
+@pytest.mark.parametrize("name", [n for n in HARD if n not in ("custom", *RESCALED)])
+def test_positive_scale(name):
+    """By a power of two every bit of the result scales."""
+    tree, _, updated, _ = outcome(name, "float32")
+    larger, _ = HARD[name].update(jax.tree.map(lambda w: w * 1024, tree), HARD[name].init(tree))
+    for a, b in zip(jax.tree.leaves(larger), jax.tree.leaves(updated), strict=True):
+        np.testing.assert_allclose(a, np.asarray(b) * 1024, rtol=1e-5 if "lloyd" in name or "vectors" in name else 0)
+
+
+@pytest.mark.parametrize("name", [n for n in HARD if n not in ABOUT_ZERO])
+def test_shift(name):
+    tree, _, updated, _ = outcome(name, "float32")
+    moved, _ = HARD[name].update(jax.tree.map(lambda w: w + 4, tree), HARD[name].init(tree))
+    for a, b, w in zip(*map(jax.tree.leaves, (moved, updated, tree)), strict=True):
+        # Weights lose three bits by the shift; one on a boundary may change its cell.
+        assert np.square(a - w - 4).sum() == pytest.approx(np.square(b - w).sum(), rel=1e-3)
+
+
+@laws
+def test_there_and_back_by_a_file(name, dtype, tmp_path):
+    _, _, _, small = outcome(name, dtype)
+    px.save(tmp_path / "tree.safetensors", small)
+    found = jax.tree.leaves(px.load(tmp_path / "tree.safetensors"), is_leaf=is_palettized)
+    for a, b in zip(found, jax.tree.leaves(small, is_leaf=is_palettized), strict=True):
+        assert_same(a, jax.tree.map(np.asarray, b))
+
+
+@laws
+def test_there_and_back_by_packing(name, dtype):
+    for leaf in palettes(outcome(name, dtype)[3]):
+        indices = np.asarray(leaf.indices)
+        np.testing.assert_array_equal(unpack(pack(indices, leaf.nbits), leaf.nbits, indices.shape), indices)
+
+
+@laws
+def test_layout(name, dtype):
+    """What coremltools makes of the table and the indices is what we make of them."""
+    from coremltools.converters.mil.mil.ops.defs.iOS18.compression import constexpr_lut_to_dense
+
+    for leaf in palettes(outcome(name, dtype)[3]):
+        if leaf.lut.dtype != leaf.dtype or leaf.mask is not None:
+            continue  # levels and bitmaps are other ops of Core ML
+        plain = dataclasses.replace(leaf, scale=None)
+        theirs = constexpr_lut_to_dense.decompress(np.asarray(leaf.indices), np.asarray(leaf.lut), leaf.vector_axis)
+        same_bits(plain.depalettize(), theirs)
 
 
 def test_identity():

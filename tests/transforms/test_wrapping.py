@@ -90,6 +90,28 @@ def test_narrow_entries_are_levels_and_indices_the_nearest(dtype, granularity):
         np.testing.assert_array_equal(np.abs(weights[block] - dense[block]), nearest)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float8_e4m3fn"])
+def test_narrow_tables_of_vectors(dtype):
+    """Entries are levels, indices the nearest, and the error little above that of float entries."""
+    weights = data("normal", 4000).reshape(40, 100).astype(np.float32)
+    sensitivity = np.random.default_rng(1).random((40, 100), np.float32)
+    pairs = px.kmeans(4, granularity=px.Granularity(vector_size=2, vector_axis=1), key=jax.random.key(0))
+    small = px.quantize_lut(pairs, dtype).finalize(weights, (), sensitivity=sensitivity).validate()
+    assert str(small.lut.dtype) == dtype
+    entries = (np.float32(small.lut[0, 0]) - (128 if dtype == "uint8" else 0)) * np.float32(small.scale)
+    errors = np.square(weights.reshape(40, 50, 1, 2) - entries) * sensitivity.reshape(40, 50, 1, 2)
+    least = errors.sum(axis=-1).min(axis=-1)
+    found = np.square(np.asarray(small.depalettize()) - weights) * sensitivity
+    np.testing.assert_allclose(found.reshape(40, 50, 2).sum(axis=-1), least, rtol=1e-5, atol=1e-7)
+    assert found.sum() <= 1.02 * squared_error(pairs, weights, sensitivity)
+
+
+def test_what_is_narrow_already_is_refused():
+    narrow = px.quantize_lut(px.kmeans(2), "int8")
+    with pytest.raises(ValueError, match="the table is of int8 already"):
+        px.quantize_lut(narrow, "int8").finalize(np.eye(8, dtype=np.float32), ())
+
+
 def test_what_is_palettized_already_can_be_narrowed():
     weights = {"w": uneven_rows("normal", np.float32)}
     small = px.palettize(weights, px.kmeans(2), weight_threshold=0)
