@@ -111,7 +111,7 @@ class _Contents(NamedTuple):
 
     leaves: list[dict[str, Any]]  # a header each
     tensors: dict[str, np.ndarray]
-    numbers: dict[Any, int]  # of the leaves that are written, by identity: a tied leaf is written once
+    written: dict[Any, tuple[int, Any]]  # number and leaf by identity: a tied leaf is written once, none is freed
 
 
 def _describe(tree: Tree, path: tuple[Any, ...], contents: _Contents) -> Any:
@@ -129,9 +129,9 @@ def _describe(tree: Tree, path: tuple[Any, ...], contents: _Contents) -> Any:
     inside, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: is_palettized(x) or x is not tree)
     if is_palettized(tree) or [key for key, _ in inside] == [()]:
         identity = identity_of(tree)
-        if identity not in contents.numbers:
-            contents.numbers[identity] = _write_leaf(leaf_name(path), tree, contents)
-        return {"leaf": contents.numbers[identity]}
+        if identity not in contents.written:
+            contents.written[identity] = _write_leaf(leaf_name(path), tree, contents), tree
+        return {"leaf": contents.written[identity][0]}
     if [key for key, _ in inside] == [(jax.tree_util.GetAttrKey("value"),)]:
         # The wrapper that a Flax variable puts around its array.
         return _describe(inside[0][1], path, contents)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from palettax._typing import Tree, is_traced
-from palettax.leaf import is_palettized
+from palettax.leaf import depalettize
 from palettax.transforms import PaletteTransformation, masked
+from palettax.transforms.base import map_leaves
 
 WEIGHT_THRESHOLD = 2048
 
@@ -27,7 +27,8 @@ def palettize(
 
     Args:
         params: any pytree of arrays, `nnx.state(model, nnx.Param)` included. Nothing in it is changed. Leaves that are
-            palettized already are palettized anew from their values.
+            palettized already are palettized anew from their values. A leaf that stands in several places is clustered
+            once and stays tied (under `jit`, where nothing tells that two leaves are one, each is clustered).
         transform: what to do, for example `kmeans(4)` or `by_path([...])`.
         sensitivity: a tree of the structure of params, each leaf ≥ 0: what a squared error of each weight costs.
         weight_threshold: leaves of at most this many weights stay dense.
@@ -54,16 +55,19 @@ def palettize(
     if nonfinite not in ("raise", "keep"):
         raise ValueError(f'nonfinite={nonfinite!r}; choose "raise" or "keep"')
 
-    def eligible(leaf: Any) -> bool:
+    def eligible(name: str, leaf: Any) -> bool:
+        if callable(getattr(leaf, "size", None)):
+            raise ValueError("it is no NumPy or JAX array; convert it, torch state dicts by px.torch.to_params")
         if not hasattr(leaf, "size") or leaf.size <= weight_threshold:
             return False
-        if is_palettized(leaf):
+        if nonfinite == "raise":
             return True
-        if nonfinite == "keep" and is_traced(leaf):
+        if is_traced(leaf):
             raise ValueError('nonfinite="keep" looks at values, which are unknown under jit; use "raise"')
-        return nonfinite == "raise" or count_nonfinite(leaf) == 0
+        return count_nonfinite(depalettize(leaf)) == 0
 
-    inner = masked(transform, jax.tree.map(eligible, params, is_leaf=is_palettized))
+    keep = map_leaves(eligible, params)
+    inner = masked(transform, lambda _: keep)
     return inner.finalize(params, inner.init(params), sensitivity=sensitivity)
 
 

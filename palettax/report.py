@@ -11,7 +11,7 @@ import numpy as np
 from palettax._paths import identity_of, leaf_names
 from palettax._typing import Tree
 from palettax.clustering.points import distinct_count
-from palettax.leaf import PalettizedArray, is_palettized
+from palettax.leaf import PalettizedArray, depalettize, is_palettized
 from palettax.palettize import WEIGHT_THRESHOLD, count_nonfinite
 
 
@@ -24,7 +24,7 @@ class LeafReport(NamedTuple):
         nbits: bits per index; None for a leaf that stayed dense.
         groups: tables per axis; () for a dense leaf.
         bits_per_weight: 8 · nbytes / size, tables included.
-        sqnr: 10 log₁₀(Σ w² / Σ (w - ŵ)²) in dB; infinite where nothing changed.
+        sqnr: 10 log₁₀(Σ w² / Σ (w - ŵ)²) in dB; infinite where nothing changed, as of leaves that are no floats.
         nbytes: stored bytes now.
         nbytes_before: stored bytes of the dense leaf.
         skipped: why the leaf is dense; "" when it is palettized.
@@ -102,7 +102,7 @@ def report(params: Tree, palettized: Tree, *, weight_threshold: int = WEIGHT_THR
     names = leaf_names([path for path, _ in paths])
     rows, first = {}, {}
     for name, (_, before), now in zip(names, paths, after, strict=True):
-        tied_to = first.setdefault((identity_of(before), identity_of(now)), name)
+        tied_to = first.setdefault((identity_of(before), identity_of(now)), name) if hasattr(before, "shape") else name
         rows[name] = _leaf_report(before, now, weight_threshold)._replace(tied_to="" if tied_to == name else tied_to)
     return Report(rows)
 
@@ -118,16 +118,22 @@ def _leaf_report(before: Any, now: Any, weight_threshold: int) -> LeafReport:
         nbits=now.nbits if small else None,
         groups=now.groups if small else (),
         bits_per_weight=8 * (now.nbytes if small else dense.nbytes) / max(dense.size, 1),
-        sqnr=_sqnr(dense, np.asarray(now.depalettize())) if small else np.inf,
+        sqnr=_sqnr(dense, now),
         nbytes=now.nbytes if small else dense.nbytes,
         nbytes_before=dense.nbytes,
         skipped="" if small else _why_dense(dense, weight_threshold),
     )
 
 
-def _sqnr(before: np.ndarray, after: np.ndarray) -> float:
-    signal = np.sum(np.square(before, dtype=np.float64))
-    noise = np.sum(np.square(before.astype(np.float64) - after.astype(np.float64)))
+def _sqnr(before: np.ndarray, now: Any) -> float:
+    if not jnp.issubdtype(before.dtype, jnp.floating):
+        return np.inf
+    after = np.asarray(depalettize(now))
+    if after.shape != before.shape:
+        raise ValueError(f"a leaf of {before.shape} became one of {after.shape}; give the tree that was palettized")
+    finite = np.isfinite(before)  # what was not is no signal
+    before, after = (np.where(finite, a, 0).astype(np.float64) for a in (before, after))
+    signal, noise = np.sum(np.square(before)), np.sum(np.square(before - after))
     if noise == 0 or signal == 0:
         return float(np.inf if noise == 0 else -np.inf)
     return float(10 * np.log10(signal / noise))

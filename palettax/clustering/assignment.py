@@ -73,8 +73,10 @@ def assign(weights: Float[Array, "*shape"], lut: Float[Array, "*lut"]) -> UInt8[
 
 def _thresholds(lut: Float[jax.Array, " k"]) -> Float[jax.Array, " k-1"]:
     """The largest value of the dtype that is no farther from each ascending entry than from the next."""
-    a, b = lut[:-1] / 2, lut[1:] / 2
-    middle, error = two_sum(a, b)
+    total, error = two_sum(lut[:-1], lut[1:])
+    halves, half_error = two_sum(lut[:-1] / 2, lut[1:] / 2)  # exact where the sum overflows
+    large = jnp.isinf(total)
+    middle, error = jnp.where(large, halves, total / 2), jnp.where(large, half_error, error)
     return jnp.where(error < 0, jnp.nextafter(middle, jnp.full_like(middle, -jnp.inf)), middle)
 
 

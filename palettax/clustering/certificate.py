@@ -13,7 +13,7 @@ from palettax.clustering.checks import FLOATS, as_host, check_finite, check_sens
 from palettax.clustering.entries import slot_of, thresholds_of
 from palettax.clustering.exact import kernel
 from palettax.clustering.host import host_call
-from palettax.clustering.nodes import optimum, prepared, take_distinct
+from palettax.clustering.nodes import optimum, prepared
 from palettax.clustering.points import all_finite, is_mass, points
 
 
@@ -95,9 +95,9 @@ def _relative_excess(values, mass, lut, last_bit):
     # Tables within half an ulp of this one: with the means of its cells, and as near as may be to the optimum.
     table = _cell_means(values, mass, lut)
     inertia = _inertia(values, mass, np.minimum(np.maximum(table, lut - last_bit), lut + last_bit))
-    best, bound = np.empty(lut.shape[0]), 0.0
-    if not take_distinct(values, best):
-        _, bound, _ = optimum(values, mass, best)
+    best = np.empty(lut.shape[0])
+    cost, bound, _ = optimum(values, mass, best)
+    if cost > 0.0:
         inertia = min(inertia, _inertia(values, mass, np.minimum(np.maximum(best, lut - last_bit), lut + last_bit)))
     if inertia == 0.0:
         return 0.0

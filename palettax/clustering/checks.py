@@ -42,6 +42,8 @@ def resolve_method(method: str | None, vector_size: int, key: Array | None) -> M
     """The way to cluster; refuses one that there is not, and vectors without a key."""
     if method not in (None, *get_args(Method)):
         raise ValueError(f'method={method!r}; choose "exact" or "lloyd"')
+    if isinstance(vector_size, bool) or not isinstance(vector_size, int | np.integer) or vector_size < 1:
+        raise ValueError(f"vector_size={vector_size!r}; it must be a positive integer")
     if vector_size == 1:
         return cast(Method, method or "exact")
     if method == "exact":
@@ -72,7 +74,7 @@ def check_finite(weights: Array) -> None:
     )
 
 
-def check_sensitivity(sensitivity: Array | None, weights: Array) -> None:
+def check_sensitivity(sensitivity: Array | None, weights: Any) -> None:
     """Refuse a sensitivity that is not one finite number ≥ 0 per weight."""
     if sensitivity is None:
         return
@@ -115,9 +117,16 @@ def float64_stays(function: F) -> F:
     def wide(*args: Any, **kwargs: Any) -> Any:
         given = [*args, *kwargs.values()]
         found = any(isinstance(a, np.ndarray) and a.dtype == np.float64 for a in given)
-        if not found or any(map(is_traced, given)) or jax.config.read("jax_enable_x64"):
+        if not found or jax.config.read("jax_enable_x64"):
+            return function(*args, **kwargs)
+        if any(map(is_traced, given)):  # what is computed with JAX's arrays has their width
+            args, kwargs = jax.tree.map(_narrowed, (args, kwargs))
             return function(*args, **kwargs)
         with jax.enable_x64(True):
             return jax.tree.map(lambda a: a if is_traced(a) else np.asarray(a), function(*args, **kwargs))
 
     return cast(F, wide)
+
+
+def _narrowed(value: Any) -> Any:
+    return value.astype(np.float32) if isinstance(value, np.ndarray) and value.dtype == np.float64 else value

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from palettax._typing import Array, is_traced
 from palettax.clustering.checks import as_host, check_finite, check_sensitivity, check_weights, lut_dtype
 from palettax.clustering.host import host_call, in_threads
-from palettax.clustering.nodes import optimum, prepared, take_distinct
+from palettax.clustering.nodes import optimum, prepared
 from palettax.clustering.points import all_finite, is_mass, points
 
 
@@ -52,7 +52,9 @@ def kmeans_curve(
         raise ValueError(f"ks={ks!r}; give a list of positive integers")
     args = [as_host(a).reshape(-1) for a in (weights, sensitivity) if a is not None]
     dtype = lut_dtype(weights) if any(map(is_traced, args)) else np.dtype(np.float64)
-    return host_call(_curves, [jax.ShapeDtypeStruct(numbers.shape, dtype)], *args, numbers.astype(np.int32))[0]
+    return host_call(
+        _curves, [jax.ShapeDtypeStruct(numbers.shape, dtype)], *args, numbers.clip(max=2**31 - 1).astype(np.int32)
+    )[0]
 
 
 def _curves(*arrays: np.ndarray) -> None:
@@ -71,8 +73,8 @@ def _curve(weights: np.ndarray, sensitivity: np.ndarray | None, ks: np.ndarray) 
     found = np.empty(ks.shape)
 
     def fill(a: int) -> None:
-        lut = np.empty(ks[a])
-        found[a] = 0.0 if take_distinct(values, lut) else optimum(values, mass, lut)[0]
+        found[a] = optimum(values, mass, np.empty(min(ks[a], values.size)))[0]
 
     in_threads(fill, list(range(ks.size)))
-    return found * heaviest * unit**2
+    with np.errstate(over="ignore"):
+        return np.where(found > 0, found * np.float64(heaviest) * unit * unit, 0.0)

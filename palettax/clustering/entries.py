@@ -36,7 +36,12 @@ def thresholds_of(lut):
     thresholds = np.full(size - 1, np.inf)
     first = np.zeros(size, np.uint8)
     for a in range(1, k):
-        middle, error = _two_sum(lut[a - 1] / 2, lut[a] / 2)
+        total, error = _two_sum(lut[a - 1], lut[a])
+        middle = total / 2
+        if np.isinf(total):  # halves of such numbers are exact
+            middle, error = _two_sum(lut[a - 1] / 2, lut[a] / 2)
+        else:
+            error += total - 2 * middle  # where a half is too small for all of its digits
         thresholds[a - 1] = np.nextafter(middle, -np.inf) if error < 0.0 else middle
         first[a] = first[a - 1] if lut[a] == lut[a - 1] else a
     return thresholds, first
@@ -56,17 +61,11 @@ def slot_of(value, thresholds):
 
 @kernel
 @no_type_check
-def host_assign(weights, lut, indices):
-    """`assign` on the host, for an ascending float64 lut; fills `indices`."""
-    thresholds, first = thresholds_of(lut)
-    for i in range(weights.shape[0]):
-        indices[i] = first[slot_of(np.float64(weights[i]), thresholds)]
-
-
-@kernel
-@no_type_check
 def assign_rows(weights, mass, luts, indices, inertia):
-    """`host_assign` for every row; fills `inertia` too. Mass that is empty counts as one."""
+    """The nearest entry, of an ascending lut, of every weight of every row; fills `indices` and `inertia`.
+
+    Mass that is empty counts as one. Of equal entries the first is taken, on a threshold the smaller one.
+    """
     for row in range(weights.shape[0]):
         lut = luts[row]
         thresholds, first = thresholds_of(lut)

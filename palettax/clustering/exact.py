@@ -199,11 +199,30 @@ def _splice(short, long, k):
 
 @kernel
 @no_type_check
+def _split_further(short, k):
+    """A path of k links that holds the boundaries of a shorter one."""
+    path = np.empty(k + 1, np.int64)
+    extra = k + 1 - short.shape[0]
+    filled = 0
+    for a in range(short.shape[0] - 1):
+        path[filled] = short[a]
+        filled += 1
+        for j in range(short[a] + 1, short[a + 1]):
+            if extra == 0:
+                break
+            path[filled] = j
+            filled += 1
+            extra -= 1
+    path[filled] = short[-1]
+    return path
+
+
+@kernel
+@no_type_check
 def _path_cost(sums, boundaries):
     total = 0.0
     for a in range(boundaries.shape[0] - 1):
-        if boundaries[a] < boundaries[a + 1]:
-            total += _link_cost(sums, boundaries[a], boundaries[a + 1])
+        total += _link_cost(sums, boundaries[a], boundaries[a + 1])
     return total
 
 
@@ -225,25 +244,26 @@ def optimal_path(values, mass, k, penalty):
     low, long, long_cost = 0.0, np.arange(n + 1), 0.0
     high, short, short_cost = np.inf, np.array([0, n]), _link_cost(sums, 0, n)
     penalty = min(penalty, short_cost)
-    bound = 0.0
+    # What n double-double additions may lose, in the cost of a path.
+    lost = (n + 16) * 2.0**-105 * sums[n, 4]
+    bound = -np.inf
     for probe in range(1, MAX_PROBES + 1):
         value, links = _shortest_path(sums, penalty, cost, parent, heads, starts)
-        # What rounding may have added: an ulp of the path's value a link, and what n double-double additions lose.
-        slack = links * (2.0**-52 * value + (n + 16) * 2.0**-105 * sums[n, 4])
-        bound = max(bound, value - penalty * k - slack)
+        # Rounding may have added an ulp of the path's value a link.
+        bound = max(bound, value - penalty * k - links * (2.0**-52 * value + lost))
         chord = (short_cost - long_cost) / (long.shape[0] - short.shape[0])
         if links == k:
             path = _walk(parent, links)
             inertia = _path_cost(sums, path)
             if penalty <= 4.0 * inertia:
-                return path, inertia, bound, penalty, probe
+                return path, inertia, bound - k * lost, penalty, probe
             # The same path is optimal down to C(k) - C(k+1), and beside a far larger penalty its cost would drown.
             penalty = inertia
             continue
         if penalty == chord and (links >= long.shape[0] - 1 or links <= short.shape[0] - 1):
             # Nothing beats the ends of the chord on it, so every length between them ties.
             path = _splice(short, long, k)
-            return path, _path_cost(sums, path), bound, penalty, probe
+            return path, _path_cost(sums, path), bound - k * lost, penalty, probe
         if links > k:
             low, long, long_cost = penalty, _walk(parent, links), value - penalty * links
         else:
@@ -260,5 +280,6 @@ def optimal_path(values, mass, k, penalty):
             penalty = low * (high / low) ** across
         else:
             penalty = np.sqrt(low * high)
-    path = _splice(short, long, k)
-    return path, _path_cost(sums, path), bound, penalty, MAX_PROBES
+    # Rounding hides how costs of different lengths differ: splitting the shorter path further is no worse than it.
+    path = _split_further(short, k)
+    return path, _path_cost(sums, path), bound - k * lost, penalty, MAX_PROBES

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -38,7 +39,7 @@ def host_call(function: HostFunction, results: Sequence[jax.ShapeDtypeStruct], *
     """
     if not any(is_traced(a) for a in args):
         return _call(function, results, *args)
-    args = tuple(map(jax.lax.stop_gradient, args))
+    args = tuple(jax.lax.stop_gradient(a if a.dtype in _READABLE else a.astype(jnp.float32)) for a in args)
     batched = [jax.ShapeDtypeStruct(args[0].shape[:-1] + r.shape, r.dtype) for r in results]
     custom_call = jax.ffi.ffi_call(_register(function), batched, vmap_method="broadcast_all")
     # Buffers on an accelerator are out of a CPU handler's reach; there the copy is made on threads of its own.
@@ -67,6 +68,7 @@ _API_VERSION = (0, 1)
 _METADATA_EXTENSION = 1
 _INTERNAL_ERROR = 13
 _DTYPES = {1: np.bool_, 4: np.int32, 6: np.uint8, 10: np.float16, 11: np.float32, 12: np.float64, 16: jnp.bfloat16}
+_READABLE = frozenset(map(np.dtype, _DTYPES.values()))
 
 
 def _struct(**fields: Any) -> type[ctypes.Structure]:
@@ -100,9 +102,17 @@ _ERROR_CREATE_WORD = 6
 _HANDLERS: list[Any] = []  # keeps the handlers alive: XLA holds bare pointers to them
 
 
-@cache
+_REGISTERING = threading.Lock()
+
+
 def _register(function: HostFunction) -> str:
     """Register the handler of a function with XLA, once, and return its target name."""
+    with _REGISTERING:  # a cache alone lets two threads in at the first call
+        return _registered(function)
+
+
+@cache
+def _registered(function: HostFunction) -> str:
 
     @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Frame))
     def handler(frame: Any) -> int | None:
@@ -118,7 +128,7 @@ def _register(function: HostFunction) -> str:
             return _error(frame.api, f"{type(error).__name__}: {error}")
         return None
 
-    name = f"palettax.{function.__name__.strip('_')}"
+    name = f"{function.__module__}.{function.__qualname__}"
     _HANDLERS.append(handler)
     jax.ffi.register_ffi_target(
         name, jax.ffi.pycapsule(ctypes.cast(handler, ctypes.c_void_p).value), platform="cpu", api_version=1

@@ -143,7 +143,7 @@ def _with_gradient(fit: LutFit, weights: Array, sensitivity: Array | None) -> Lu
     """The fit, its lut differentiable in the weights: entries are the means of their cells, which stay as they are."""
     if not is_traced(weights):
         return fit
-    mass = jnp.ones_like(weights) if sensitivity is None else jnp.asarray(sensitivity, weights.dtype)
+    mass = jnp.ones_like(weights) if sensitivity is None else jnp.asarray(sensitivity).astype(lut_dtype(weights))
     return fit._replace(lut=jax.vmap(_cell_means)(fit.lut, weights, jax.lax.stop_gradient(mass), fit.indices))
 
 
@@ -156,8 +156,10 @@ def _cell_means(lut: Array, weights: Array, mass: Array, indices: Array) -> Arra
 @_cell_means.defjvp
 def _cell_means_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     lut, _, mass, indices = primals
+    wide = jnp.promote_types(mass.dtype, jnp.float32)
+    mass = mass.astype(wide) / jnp.maximum(mass.astype(wide).max(), jnp.finfo(wide).tiny)
     total = jax.ops.segment_sum(mass, indices, lut.shape[0])
-    moved = jax.ops.segment_sum(mass * tangents[1], indices, lut.shape[0])
+    moved = jax.ops.segment_sum(mass * tangents[1].astype(wide), indices, lut.shape[0])
     return lut, jnp.where(total > 0, moved / jnp.where(total > 0, total, 1), 0).astype(lut.dtype)
 
 

@@ -9,7 +9,7 @@ its boundaries are neighbours among the points too, it is that optimum. Until th
 
 A few nodes per cluster are enough to start from when they are spread as the entries of a good lut are: by the cube root
 of the density (Panter and Dite, "Quantization distortion in pulse-count modulation with nonuniform spacing of levels",
-Proceedings of the IRE 39, 1951). A search then takes time that depends on k, not on the number of points.
+Proceedings of the IRE 39, 1951). Of the points there are then a few linear passes; what searches sees nodes only.
 """
 
 from __future__ import annotations
@@ -58,10 +58,7 @@ def fit_points(values, mass, lut):
     if take_distinct(values, lut):
         return 0, True
     values, mass, scale, _ = prepared(values, mass)
-    if take_distinct(values, lut):
-        cost, bound, probes = 0.0, 0.0, 0
-    else:
-        cost, bound, probes = optimum(values, mass, lut)
+    cost, bound, probes = optimum(values, mass, lut)
     for a in range(lut.shape[0]):
         lut[a] *= scale
     return probes, cost - bound <= 1e-9 * cost
@@ -94,15 +91,20 @@ def prepared(values, mass):
 def optimum(values, mass, lut):
     """Fill `lut` with the optimal k entries; returns (cost, lower bound on every cost, probes).
 
-    Values ascend and have more than k distinct; each has positive mass, or `mass` is empty and each has mass one.
+    Values ascend; each has positive mass, or `mass` is empty and each has mass one.
     """
+    if take_distinct(values, lut):
+        return 0.0, 0.0, 0
     k = lut.shape[0]
     nodes, penalty = _first_nodes(values, mass, k)
     weight, moment, inside = _gather(values, mass, nodes)
     while nodes.shape[0] <= k:
         nodes, weight, moment, inside = _split(values, mass, nodes, weight, moment, inside, inside)
-    origin = np.float64(values[values.shape[0] // 2])
-    unit = max(np.float64(values[-1]) - origin, origin - np.float64(values[0]))
+    # Nodes in units that a double holds exactly: about the median where all values are near it, else about zero.
+    first, last, origin = np.float64(values[0]), np.float64(values[-1]), np.float64(values[values.shape[0] // 2])
+    if min(first / origin, last / origin) < 0.5 or max(first / origin, last / origin) > 2.0:
+        origin = 0.0
+    unit = power_of_two(max(abs(first - origin), abs(last - origin)))
     penalty /= unit * unit
     probes = 0
     while True:

@@ -45,8 +45,8 @@ class PalettizedArray:
       It goes with scalars only (`vector_size` 1).
     - `kept` needs a `mask`. It is one row, the weights at its Falses in row-major order; None: all of them are zero.
 
-    A pytree of `lut`, `indices`, `scale`, `mask` and `kept`; the rest is static, so it passes through `jit`, `vmap` and
-    `tree_map`.
+    A pytree of `lut`, `indices`, `scale`, `mask` and `kept`; the rest is static, so it passes through `jit` and
+    `tree_map`, and while it holds neither vectors nor kept values, whose axes would move, through `vmap`.
 
     Example:
         >>> import numpy as np, palettax as px
@@ -133,7 +133,9 @@ class PalettizedArray:
         xp = np if all(isinstance(part, np.ndarray) for part in jax.tree.leaves(self)) else jnp
         k, vector_size = self.lut.shape[-2:]
         group = dense.group_numbers(xp, self.groups, self.indices.shape)
-        weight = dense.level_numbers(xp, self.lut, self.dtype).reshape(-1, vector_size)[group * k + self.indices]
+        weight = dense.level_numbers(xp, xp.asarray(self.lut), self.dtype).reshape(-1, vector_size)[
+            group * k + self.indices
+        ]
         weight = weight[..., 0] if self.vector_axis is None else join_vectors(weight, self.vector_axis)
         if self.scale is not None:
             weight = dense.multiply_blocks(weight, self.scale)
@@ -221,7 +223,7 @@ def depalettize(tree: Tree) -> Tree:
         tree: any pytree; leaves that are not palettized are passed on untouched.
 
     Returns:
-        A tree of the same structure whose leaves are all dense, each in its own dtype.
+        A tree of the same structure whose leaves are all dense, each in its own dtype; tied leaves stay tied.
 
     Example:
         >>> import jax, palettax as px
@@ -230,4 +232,13 @@ def depalettize(tree: Tree) -> Tree:
         >>> len(set(dense["w"].ravel().tolist()))
         4
     """
-    return jax.tree.map(lambda leaf: leaf.depalettize() if is_palettized(leaf) else leaf, tree, is_leaf=is_palettized)
+    done: dict[int, Array] = {}
+
+    def dense(leaf: Any) -> Any:
+        if not is_palettized(leaf):
+            return leaf
+        if id(leaf) not in done:
+            done[id(leaf)] = leaf.depalettize()
+        return done[id(leaf)]
+
+    return jax.tree.map(dense, tree, is_leaf=is_palettized)

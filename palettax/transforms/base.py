@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -65,11 +67,11 @@ def is_node(leaf: Any) -> bool:
 def map_leaves(function: Callable[..., Any], params: Tree, *rest: Tree | None) -> Tree:
     """Apply `function(name, leaf, *rest_leaves)` to every leaf; errors name the leaf.
 
-    A leaf that stands in several places, such as a tied embedding, is given to the function once, under its first name
-    and with the sum of what `rest` has for it, and the result stands in all of them.
+    A leaf that stands in several places, such as a tied embedding, with the same of everything else in all of them, is
+    given to the function once, under its first name, and the result stands in all of them.
 
     Args:
-        function: of the path of a leaf, the leaf, and the leaves of `rest` (sensitivities) at its place.
+        function: of the path of a leaf, the leaf, and the leaves of `rest` at its place.
         params: the tree. Hidden leaves pass through.
         rest: trees of its structure; None gives None for every leaf.
 
@@ -77,32 +79,37 @@ def map_leaves(function: Callable[..., Any], params: Tree, *rest: Tree | None) -
         ValueError: what the function raised, with the leaf's path, shape and dtype in front; or another structure.
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_node)
-    leaves = [leaf for _, leaf in paths]
     columns = [[None] * len(paths) if tree is None else aligned(treedef, tree, "sensitivity") for tree in rest]
     names = leaf_names([path for path, _ in paths])
-    ties: dict[Any, list[int]] = {}
-    for place, leaf in enumerate(leaves):
-        ties.setdefault(identity_of(leaf), []).append(place)
-    results = list(leaves)
-    for places in ties.values():
-        name, leaf = names[places[0]], leaves[places[0]]
-        if isinstance(leaf, MaskedNode):
-            continue
-        try:
-            result = function(name, leaf, *(_sum([column[place] for place in places]) for column in columns))
-        except ValueError as error:
-            shape = tuple(getattr(leaf, "shape", ()))
-            dtype = getattr(leaf, "dtype", type(leaf).__name__)
-            raise ValueError(f"leaf '{name}' {shape} {dtype}: {error}") from error
-        for place in places:
-            results[place] = result
+    done: dict[Any, Any] = {}
+    results = []
+    for name, (_, leaf), *others in zip(names, paths, *columns, strict=True):
+        same = tuple(map(identity_of, (leaf, *others)))
+        if same not in done:
+            try:
+                done[same] = leaf if isinstance(leaf, MaskedNode) else function(name, leaf, *others)
+            except ValueError as error:
+                shape = tuple(getattr(leaf, "shape", ()))
+                dtype = getattr(leaf, "dtype", type(leaf).__name__)
+                raise ValueError(f"leaf '{name}' {shape} {dtype}: {error}") from error
+        results.append(done[same])
     return jax.tree.unflatten(treedef, results)
 
 
-def _sum(sensitivities: list[Any]) -> Any:
-    """What all places of a tied leaf contribute, the same array counted once."""
-    distinct = list({identity_of(s): s for s in sensitivities if s is not None}.values())
-    return sum(distinct[1:], distinct[0]) if distinct else None
+def shared(params: Tree, sensitivity: Tree | None) -> Tree | None:
+    """Sensitivities in which the places of a tied leaf have one sum, arrays that are the same counted once."""
+    if sensitivity is None:
+        return None
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_node)
+    column = aligned(treedef, sensitivity, "sensitivity")
+    found: dict[Any, dict[Any, Any]] = {}
+    for leaf, own in zip(leaves, column, strict=True):
+        if own is not None and not isinstance(own, MaskedNode):
+            found.setdefault(identity_of(leaf), {}).setdefault(identity_of(own), own)
+    sums = {same: functools.reduce(operator.add, distinct.values()) for same, distinct in found.items()}
+    return jax.tree.unflatten(
+        treedef, [sums.get(identity_of(leaf), own) for leaf, own in zip(leaves, column, strict=True)]
+    )
 
 
 def placed_like(weights: Any, small: PalettizedArray) -> PalettizedArray:

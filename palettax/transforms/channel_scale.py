@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,9 +13,9 @@ import numpy as np
 from palettax._typing import Array, Tree, is_traced
 from palettax.clustering.checks import as_host, float64_stays
 from palettax.leaf import PalettizedArray, channel_axes, is_palettized, multiply_scales
-from palettax.transforms.base import PaletteTransformation, map_leaves
-from palettax.transforms.elements import numpy_of
-from palettax.transforms.wrapping import dense_on_host, positive, scaled_mass, stored, wrapped
+from palettax.transforms.base import PaletteTransformation, map_leaves, shared
+from palettax.transforms.elements import hidden_elements, numpy_of
+from palettax.transforms.wrapping import dense_on_host, is_weight, positive, scaled_mass, stored, wrapped
 
 
 def with_channel_scale(
@@ -36,7 +37,7 @@ def with_channel_scale(
         inner: the transform; it should heed sensitivity, as `kmeans` does.
         channel_axis: the axis with a scale per element; None for the output channels: the last axis of a leaf named
             `kernel`, as in Flax, else the first, as in torch.
-        max_steps: fits of scaled weights at most.
+        max_steps: fits of scaled weights, after one of the weights as they are.
 
     Example:
         >>> import jax, jax.numpy as jnp, palettax as px
@@ -51,15 +52,14 @@ def with_channel_scale(
     if max_steps < 1:
         raise ValueError(f"max_steps={max_steps}; at least one fit is needed")
 
-    def first_scale(name: str, weights: Any) -> Array:
+    def first_scale(name: str, weights: Any, sensitivity: Array | None) -> Array:
         rank = getattr(weights, "ndim", 0)
-        if rank < 2 or not jnp.issubdtype(weights.dtype, jnp.floating):
+        if rank < 2 or not is_weight(weights):
             return np.ones((1,) * rank, np.float32)
         axis = channel_axes(name, rank)[0] if channel_axis is None else channel_axis
         if not -rank <= axis < rank:
             raise ValueError(f"channel_axis={channel_axis} is not an axis of {weights.shape}")
-        others = tuple(a for a in range(rank) if a != axis % rank)
-        largest = abs(as_host(weights)).max(axis=others, keepdims=True)
+        largest = _largest(weights, sensitivity, [a for a in range(rank) if a != axis % rank])
         return positive(largest, largest.dtype.type(1))
 
     @float64_stays
@@ -67,11 +67,15 @@ def with_channel_scale(
         """Least squares per channel; `leaf` is of the scaled weights."""
         if not is_palettized(leaf) or scale.size == 1:
             return scale
-        values, weights, mass = _wide(leaf.depalettize(), weights, sensitivity)
+        values, wide, mass = _wide(leaf.depalettize(), weights, sensitivity)
         others = tuple(a for a, length in enumerate(scale.shape) if length == 1)
-        top = (mass * weights * values).sum(axis=others, keepdims=True)
+        top = (mass * wide * values).sum(axis=others, keepdims=True)
         bottom = (mass * values * values).sum(axis=others, keepdims=True)
-        return positive((top / positive(bottom, bottom.dtype.type(1))).astype(scale.dtype), scale)
+        fresh = positive((top / positive(bottom, bottom.dtype.type(1))).astype(scale.dtype), scale)
+        # A scale so small that weights overflow when divided by it is no candidate.
+        room = float(jnp.finfo(scale.dtype).max) / 2
+        fits = _largest(wide, sensitivity, others) / room < fresh
+        return numpy_of(fresh, scale).where(fits, fresh, scale)
 
     @float64_stays
     def better(name: str, new: Any, old: Any, weights: Array, sensitivity: Array | None) -> Any:
@@ -84,41 +88,58 @@ def with_channel_scale(
         return jax.tree.map(lambda a, b: jnp.where(gain > 0, a, b), new, old)
 
     def finalize(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> Tree:
-        dense = dense_on_host(params)
-        scale = map_leaves(first_scale, dense)
-        ones = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), scale)
+        dense, sensitivity = dense_on_host(params), shared(params, sensitivity)
+        scale = map_leaves(first_scale, dense, sensitivity)
 
-        def fit(scale: Tree) -> tuple[Tree, Tree]:
+        def fit(scale: Tree) -> Tree:
             scaled = map_leaves(lambda name, w, s: w if s.size == 1 else w / s, dense, scale)
-            mass = map_leaves(scaled_mass, dense, sensitivity, scale)
-            small = inner.finalize(scaled, state, sensitivity=mass)
-            return small, map_leaves(_rescaled, small, scale)
+            return inner.finalize(scaled, state, sensitivity=map_leaves(scaled_mass, dense, sensitivity, scale))
 
-        best = fit(ones)[1]
+        best = map_leaves(_unscaled, inner.finalize(dense, state, sensitivity=sensitivity), scale)
         for _ in range(max_steps):
-            small, candidate = fit(scale)
-            chosen = map_leaves(better, candidate, best, dense, sensitivity)
-            scale, best = map_leaves(refit, small, scale, dense, sensitivity), chosen
+            small = fit(scale)
+            best = map_leaves(better, map_leaves(_rescaled, small, scale, dense), best, dense, sensitivity)
+            scale = map_leaves(refit, small, scale, dense, sensitivity)
         return stored(params, best)
 
     return wrapped(inner, finalize)
 
 
 @float64_stays
-def _rescaled(name: str, leaf: Any, scale: Array) -> Any:
+def _rescaled(name: str, leaf: Any, scale: Array, weights: Any) -> Any:
     """A leaf that was fitted to scaled weights, as a leaf of the weights."""
     if not is_palettized(leaf) or scale.size == 1:
         return leaf
+    if leaf.kept is not None:
+        if is_traced(leaf.mask):
+            raise ValueError("kept values cannot be put back while the mask is traced; put the mask outside the scales")
+        leaf = dataclasses.replace(leaf, kept=jnp.asarray(weights)[~np.asarray(leaf.mask)])
     scale = jnp.asarray(scale, leaf.dtype)
     return dataclasses.replace(leaf, scale=scale if leaf.scale is None else multiply_scales(scale, leaf.scale))
 
 
+def _unscaled(name: str, leaf: Any, scale: Array) -> Any:
+    """A leaf without scales of channels; while tracing, where all candidates have one structure, with scales of one."""
+    if not is_palettized(leaf) or not any(map(is_traced, (leaf.lut, leaf.indices, scale))):
+        return leaf
+    return _rescaled(name, leaf, np.ones(scale.shape, scale.dtype), None)
+
+
+def _largest(weights: Array, sensitivity: Array | None, axes: Sequence[int]) -> Array:
+    """The largest magnitude along axes of what is not hidden."""
+    size = abs(as_host(weights))
+    if sensitivity is not None:
+        size = numpy_of(size, sensitivity).where(hidden_elements(as_host(sensitivity)), size.dtype.type(0), size)
+    return size.max(axis=tuple(axes), keepdims=True)
+
+
 def _wide(values: Array, weights: Array, sensitivity: Array | None) -> tuple[Array, Array, Array]:
-    """Values, weights and sensitivities in the widest dtype at hand."""
+    """Values, weights and sensitivities in the widest dtype at hand; weights that do not count are zero."""
     xp = numpy_of(values, weights, sensitivity)
     dtype = np.float64 if xp is np else jnp.promote_types(weights.dtype, jnp.float32)
-    mass = xp.ones((1,) * weights.ndim) if sensitivity is None else xp.asarray(sensitivity)
-    return xp.asarray(values).astype(dtype), xp.asarray(weights).astype(dtype), mass.astype(dtype)
+    mass = xp.ones((1,) * weights.ndim, dtype) if sensitivity is None else xp.asarray(sensitivity).astype(dtype)
+    values, weights = (xp.asarray(a).astype(dtype) for a in (values, weights))
+    return values, xp.where(mass > 0, weights, values), mass
 
 
 def _error(leaf: PalettizedArray, weights: Array, sensitivity: Array | None) -> Any:

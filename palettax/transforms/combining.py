@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 
-from palettax._paths import leaf_names
-from palettax._typing import Tree
+from palettax._paths import identity_of, leaf_names
+from palettax._typing import Tree, is_traced
 from palettax.leaf import depalettize, is_palettized
-from palettax.transforms.base import MaskedNode, PaletteTransformation, aligned, identity, is_node, map_leaves
-from palettax.transforms.elements import hide_elements, is_element_mask, keep_elements, weigh_elements
+from palettax.transforms.base import (
+    MaskedNode,
+    PaletteTransformation,
+    aligned,
+    identity,
+    is_node,
+    map_leaves,
+    placed_like,
+    shared,
+)
+from palettax.transforms.elements import hide_elements, is_element_mask, keep_elements
 
 
 def chain(*transforms: PaletteTransformation) -> PaletteTransformation:
@@ -73,54 +84,63 @@ def masked(inner: PaletteTransformation, mask: Tree | Callable[[Tree], Tree]) ->
         True
     """
 
-    def select(params: Tree, tree: Tree | None, name: str = "sensitivity") -> Tree | None:
-        return _hide(params, _resolved(mask, params), tree, name)
+    def marked(name: str, leaf: Any, k: Any, sensitivity: Any) -> Any:
+        return hide_elements(sensitivity, leaf, k) if is_element_mask(k) else sensitivity
 
-    def seen(params: Tree, sensitivity: Tree | None) -> tuple[Tree, Tree | None]:
+    def seen(params: Tree, sensitivity: Tree | None, keep: Tree) -> tuple[Tree, Tree | None]:
         """What the inner transform sees: hidden leaves and elements are out of its sight."""
-        visible, keep = select(params, params), _resolved(mask, params)
-        if not any(map(is_element_mask, jax.tree.leaves(keep))):
-            return visible, select(params, sensitivity)
-        dense = map_leaves(lambda name, w, k: depalettize(w) if is_element_mask(k) else w, params, keep)
-        mass = map_leaves(lambda name, w, k, s: weigh_elements(s, w, k), dense, keep, sensitivity)
-        hidden = map_leaves(lambda name, w, k: hide_elements(w, k), dense, keep)
-        return select(params, hidden), select(params, mass)
-
-    def back(params: Tree, inside: Tree) -> Tree:
-        """What became of what was seen, beside what was not."""
-        keep = _resolved(mask, params)
+        visible = _hide(params, keep, params, "params")
         if any(map(is_element_mask, jax.tree.leaves(keep))):
-            inside = map_leaves(lambda name, leaf, w, k: keep_elements(leaf, w, k), inside, depalettize(params), keep)
+            sensitivity = map_leaves(marked, params, keep, shared(params, sensitivity))
+        return visible, _hide(params, keep, sensitivity, "sensitivity")
+
+    def back(params: Tree, inside: Tree, keep: Tree) -> Tree:
+        """What became of what was seen, beside what was not."""
+
+        def kept(name: str, new: Any, old: Any, k: Any) -> Any:
+            if not is_element_mask(k):
+                return new
+            new = keep_elements(new, depalettize(old), k)
+            return placed_like(old, new) if is_palettized(new) else new
+
+        if any(map(is_element_mask, jax.tree.leaves(keep))):
+            inside = map_leaves(kept, inside, params, keep)
         return _restore(params, inside)
 
     def init(params: Tree) -> Tree:
-        return inner.init(select(params, params))
+        return inner.init(_hide(params, _resolved(mask, params), params, "params"))
 
     def update(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> tuple[Tree, Tree]:
-        visible, mass = seen(params, sensitivity)
+        keep = _one_for_ties(params, _resolved(mask, params))
+        visible, mass = seen(params, sensitivity, keep)
         new, state = inner.update(visible, state, sensitivity=mass)
-        return depalettize(back(params, new)), state
+        return depalettize(back(params, new, keep)), state
 
     def finalize(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> Tree:
-        visible, mass = seen(params, sensitivity)
-        return back(params, inner.finalize(visible, state, sensitivity=mass))
+        keep = _one_for_ties(params, _resolved(mask, params))
+        visible, mass = seen(params, sensitivity, keep)
+        return back(params, inner.finalize(visible, state, sensitivity=mass), keep)
 
     return PaletteTransformation(init, update, finalize)
 
 
 def _resolved(tree: Tree | Callable[[Tree], Tree], params: Tree) -> Tree:
-    """The tree, or what the function makes of params; a module that can be called is a tree."""
+    """The tree, or what the function makes of params, all dense; a module that can be called is a tree."""
     is_function = callable(tree) and jax.tree_util.all_leaves([tree])
-    return tree(_shapes(params)) if is_function else tree
+    return tree(depalettize(params)) if is_function else tree
 
 
-def _shapes(params: Tree) -> Tree:
-    """Params with the shape and dtype in the place of each palettized leaf, for a mask to look at."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_palettized(leaf) else leaf,
-        params,
-        is_leaf=is_palettized,
-    )
+def _one_for_ties(params: Tree, keep: Tree) -> Tree:
+    """The mask, with one array for all places of a tied leaf whose masks are equal, so that the tie holds."""
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_node)
+    found: dict[Any, Any] = {}
+    masks = [
+        found.setdefault((identity_of(leaf), np.asarray(k).tobytes()), k)
+        if is_element_mask(k) and not is_traced(k)
+        else k
+        for leaf, k in zip(leaves, aligned(treedef, keep, "mask"), strict=True)
+    ]
+    return jax.tree.unflatten(treedef, masks)
 
 
 def _hide(params: Tree, keep: Tree, tree: Tree | None, name: str) -> Tree | None:

@@ -27,7 +27,8 @@ from palettax.clustering.checks import (
 from palettax.clustering.kmeans import kmeans_groups
 from palettax.clustering.unique import nbits_for, smallest_nbits
 from palettax.leaf import PER_TENSOR, Granularity, PalettizedArray, depalettize, merge_blocks, split_blocks
-from palettax.transforms.base import PaletteTransformation, map_leaves, placed_like
+from palettax.transforms.base import PaletteTransformation, map_leaves, placed_like, shared
+from palettax.transforms.elements import fill_hidden, hidden_elements
 
 GroupFit = Callable[[Array, Array | None, PRNGKey | None], LutFit]
 """Fits the rows of (groups, n) weights, or (groups, m, d) vectors, with sensitivities of that shape or None and the
@@ -189,12 +190,19 @@ def _hard(
     @float64_stays
     def fit_leaf(name: str, weights: Array, sensitivity: Array | None) -> tuple[PalettizedArray, Any]:
         check_weights(weights)
-        check_finite(weights)
         check_sensitivity(sensitivity, weights)
         cut = Cut.of(granularity, name, tuple(weights.shape))
         rows, mass = cut.rows(as_host(weights)), None if sensitivity is None else cut.rows(as_host(sensitivity))
-        result = fit(rows, mass, None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode())))
-        small = placed_like(weights, _assemble(result, rows, mass, cut))
+        hidden = None if mass is None or granularity.vector_size > 1 else hidden_elements(mass)
+        if hidden is not None and not is_traced(hidden) and not hidden.any():
+            hidden = None
+        visible = rows if hidden is None else fill_hidden(rows, hidden)
+        check_finite(visible)
+        result = fit(visible, mass, None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode())))
+        if hidden is not None:
+            own = assign_groups(rows, result.lut, None)
+            result = result._replace(indices=jnp.where(hidden, own, result.indices))
+        small = placed_like(weights, _assemble(result, visible, mass, cut))
         return small, result.converged.all() if must_converge else None
 
     def update_leaf(name: str, leaf: Any, sensitivity: Array | None) -> Array:
@@ -213,8 +221,13 @@ def _hard(
 
     return PaletteTransformation(
         init=lambda params: (),
-        update=lambda params, state, *, sensitivity=None: (map_leaves(update_leaf, params, sensitivity), state),
-        finalize=lambda params, state, *, sensitivity=None: map_leaves(finalize_leaf, params, sensitivity),
+        update=lambda params, state, *, sensitivity=None: (
+            map_leaves(update_leaf, params, shared(params, sensitivity)),
+            state,
+        ),
+        finalize=lambda params, state, *, sensitivity=None: map_leaves(
+            finalize_leaf, params, shared(params, sensitivity)
+        ),
     )
 
 

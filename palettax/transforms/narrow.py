@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from palettax._typing import Array, Tree
-from palettax.clustering.checks import float64_stays
+from palettax.clustering.checks import check_sensitivity, float64_stays
 from palettax.clustering.level_vectors import quantized_vectors
 from palettax.clustering.levels import level_values, quantized_lut
 from palettax.leaf import is_palettized, merge_blocks, multiply_scales, split_blocks
-from palettax.transforms.base import PaletteTransformation, map_leaves
-from palettax.transforms.elements import hide_elements, weigh_elements
-from palettax.transforms.wrapping import dense_on_host, scaled_mass, spread, stored, wrapped
+from palettax.transforms.base import PaletteTransformation, map_leaves, shared
+from palettax.transforms.elements import fill_hidden, hidden_elements, hide_elements
+from palettax.transforms.wrapping import dense_on_host, pin_zero, positive, scaled_mass, spread, stored, wrapped
 
 
 def quantize_lut(inner: PaletteTransformation, dtype: Any) -> PaletteTransformation:
@@ -28,7 +28,8 @@ def quantize_lut(inner: PaletteTransformation, dtype: Any) -> PaletteTransformat
     the leaf's `scale`.
 
     Args:
-        inner: the transform that makes the tables.
+        inner: the transform that makes the tables. An entry that is zero stays zero. Leaves that the inner transform
+            did not make keep their tables.
         dtype: int8, uint8 (a level u stands for u - 128), float8_e4m3fn or float8_e5m2.
 
     Raises:
@@ -47,37 +48,43 @@ def quantize_lut(inner: PaletteTransformation, dtype: Any) -> PaletteTransformat
     narrow = _dtype_of(dtype)
 
     @float64_stays
-    def quantize(name: str, leaf: Any, weights: Array, sensitivity: Array | None) -> Any:
-        if not is_palettized(leaf):
+    def quantize(name: str, leaf: Any, given: Any, weights: Any, sensitivity: Array | None) -> Any:
+        if not is_palettized(leaf) or leaf is given:  # the inner transform did not make it
             return leaf
         if leaf.lut.dtype != leaf.dtype:
             raise ValueError(f"the table is of {leaf.lut.dtype} already; quantize_lut takes tables of floats")
+        check_sensitivity(sensitivity, weights)
+        holds_zero = (leaf.lut == 0).all(axis=-1).any(axis=-1)
         if leaf.mask is not None:
-            sensitivity = weigh_elements(sensitivity, weights, leaf.mask)
-            weights = hide_elements(weights, leaf.mask)
+            sensitivity = hide_elements(sensitivity, weights, leaf.mask)
         if leaf.scale is not None:
             scale = spread(leaf.scale, leaf.shape)
-            sensitivity, weights = scaled_mass(name, weights, sensitivity, scale), weights / scale
+            sensitivity = scaled_mass(name, weights, sensitivity, scale)
+            weights = weights / positive(scale, scale.dtype.type(1))
         vectors = leaf.vector_axis, leaf.vector_size
         rows = split_blocks(weights, leaf.groups, *vectors)
         mass = None if sensitivity is None else split_blocks(sensitivity, leaf.groups, *vectors)
-        if leaf.vector_size == 1:
-            fit = quantized_lut(rows, 2**leaf.nbits, narrow, mass, step_dtype=leaf.dtype)
-        else:
-            lut = leaf.lut.reshape(-1, *leaf.lut.shape[-2:])
+        lut = leaf.lut.reshape(-1, *leaf.lut.shape[-2:])
+        if leaf.vector_size > 1:
             fit = quantized_vectors(rows, lut, narrow, mass, step_dtype=leaf.dtype)
+        else:
+            rows = rows if mass is None else fill_hidden(rows, hidden_elements(mass))
+            fit = quantized_lut(rows, 2**leaf.nbits, narrow, mass, step_dtype=leaf.dtype)
         indices = merge_blocks(jnp.asarray(fit.indices), leaf.groups, leaf.indices.shape)
-        step = jnp.asarray(fit.step, leaf.dtype).reshape(leaf.groups)
-        return dataclasses.replace(
+        # A table of NaN says that there is none; so does a step.
+        step = jnp.where(jnp.isfinite(lut).all(axis=(1, 2)), jnp.asarray(fit.step, leaf.dtype), jnp.nan)
+        step = step.reshape(leaf.groups)
+        small = dataclasses.replace(
             leaf,
             lut=jnp.asarray(fit.lut).reshape(leaf.lut.shape),
             indices=indices if leaf.mask is None else jnp.where(leaf.mask, indices, 0),
             scale=step if leaf.scale is None else multiply_scales(leaf.scale, step),
         )
+        return small if leaf.vector_size > 1 else pin_zero(small, weights / spread(step, leaf.shape), holds_zero)
 
     def finalize(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> Tree:
-        small = inner.finalize(params, state, sensitivity=sensitivity)
-        return stored(params, map_leaves(quantize, small, dense_on_host(params), sensitivity))
+        small, dense = inner.finalize(params, state, sensitivity=sensitivity), dense_on_host(params)
+        return stored(params, map_leaves(quantize, small, params, dense, shared(params, sensitivity)))
 
     return wrapped(inner, finalize)
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
 from palettax._typing import Array, Tree
-from palettax.clustering.assignment import assign_groups
 from palettax.clustering.checks import float64_stays
-from palettax.clustering.levels import ZERO_LEVEL
-from palettax.leaf import is_palettized, level_numbers, merge_blocks, split_blocks
-from palettax.transforms.base import PaletteTransformation, map_leaves
-from palettax.transforms.elements import hide_elements, is_element_mask, keep_elements, numpy_of, weigh_elements
-from palettax.transforms.wrapping import dense_on_host, positive, spread, stored, wrapped
+from palettax.leaf import is_palettized, split_blocks
+from palettax.transforms.base import PaletteTransformation, map_leaves, shared
+from palettax.transforms.elements import hide_elements, keep_elements, numpy_of
+from palettax.transforms.wrapping import dense_on_host, is_weight, pin_zero, positive, spread, stored, wrapped
 
 
 def keep_zeros(inner: PaletteTransformation, *, sparse: bool = False) -> PaletteTransformation:
@@ -39,44 +33,37 @@ def keep_zeros(inner: PaletteTransformation, *, sparse: bool = False) -> Palette
         (True, False)
     """
 
-    def pinned(name: str, weights: Any, sensitivity: Array | None, mask: Any) -> Array | None:
-        if not is_element_mask(mask):
+    def pinned(name: str, weights: Any, sensitivity: Array | None) -> Array | None:
+        if not is_weight(weights):
             return sensitivity
         # As good as infinite, so that an entry settles on zero; its last bits are set afterwards.
-        mass: Any = weigh_elements(sensitivity, weights, mask)
+        mass: Any = hide_elements(sensitivity, weights, weights != 0)
         total = mass.sum()
-        return numpy_of(mass).where(mask, mass / positive(total, total.dtype.type(1)), mass.dtype.type(2.0**20))
+        return numpy_of(mass).where(weights != 0, mass / positive(total, total.dtype.type(1)), mass.dtype.type(2.0**20))
 
     @float64_stays
-    def set_zero(name: str, leaf: Any, weights: Array, mask: Array) -> Any:
+    def set_zero(name: str, leaf: Any, weights: Any) -> Any:
         if not is_palettized(leaf):
             return leaf
         if leaf.vector_size > 1:
             raise ValueError(f"vectors of {leaf.vector_size}: elements of a vector share an index, zeros and others")
-        lut = jnp.asarray(leaf.lut).reshape(-1, leaf.lut.shape[-2])
-        entries = level_numbers(jnp, lut, leaf.dtype)
-        needed = ~split_blocks(mask, leaf.groups).all(axis=1, keepdims=True)
-        closest = jnp.arange(lut.shape[1]) == abs(entries).argmin(axis=1, keepdims=True)
-        zero = ZERO_LEVEL if lut.dtype == np.uint8 else 0
-        lut = jnp.where(needed & closest, lut.dtype.type(zero), lut)
-        scaled = weights if leaf.scale is None else weights / spread(leaf.scale, leaf.shape)
-        found = assign_groups(split_blocks(scaled, leaf.groups), level_numbers(jnp, lut, leaf.dtype), None)
-        indices = merge_blocks(found, leaf.groups, leaf.shape)
-        if leaf.mask is not None:
-            indices = jnp.where(leaf.mask, indices, 0)
-        return dataclasses.replace(leaf, lut=lut.reshape(leaf.lut.shape), indices=indices)
+        needed = (split_blocks(weights, leaf.groups) == 0).any(axis=1).reshape(leaf.groups)
+        scaled = weights
+        if leaf.scale is not None:
+            scale = spread(leaf.scale, leaf.shape)
+            scaled = weights / positive(scale, scale.dtype.type(1))
+        return pin_zero(leaf, scaled, needed)
 
-    def leave_out(name: str, leaf: Any, weights: Array, mask: Array) -> Any:
-        return keep_elements(leaf, weights, mask, zeros=True) if is_palettized(leaf) else leaf
+    def leave_out(name: str, leaf: Any, weights: Any) -> Any:
+        return keep_elements(leaf, weights, weights != 0, zeros=True) if is_palettized(leaf) else leaf
+
+    def hidden(name: str, weights: Any, sensitivity: Array | None) -> Array | None:
+        return hide_elements(sensitivity, weights, weights != 0) if is_weight(weights) else sensitivity
 
     def finalize(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> Tree:
-        dense = dense_on_host(params)
-        mask = map_leaves(lambda name, weights: weights != 0, dense)
-        if sparse:
-            mass = map_leaves(lambda name, w, s, m: weigh_elements(s, w, m), dense, sensitivity, mask)
-            hidden = map_leaves(lambda name, w, m: hide_elements(w, m), dense, mask)
-            return stored(params, map_leaves(leave_out, inner.finalize(hidden, state, sensitivity=mass), dense, mask))
-        small = inner.finalize(dense, state, sensitivity=map_leaves(pinned, dense, sensitivity, mask))
-        return stored(params, map_leaves(set_zero, small, dense, mask))
+        dense, sensitivity = dense_on_host(params), shared(params, sensitivity)
+        mass = map_leaves(hidden if sparse else pinned, dense, sensitivity)
+        small = inner.finalize(dense, state, sensitivity=mass)
+        return stored(params, map_leaves(leave_out if sparse else set_zero, small, dense))
 
     return wrapped(inner, finalize)

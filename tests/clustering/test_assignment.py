@@ -64,3 +64,8 @@ def test_what_is_refused():
         px.assign(np.zeros(3, np.float32), np.zeros(300, np.float32))
     with pytest.raises(ValueError, match="vector_size=2 does not divide"):
         px.assign(np.zeros(3, np.float32), np.zeros((4, 2), np.float32))
+
+
+def test_midpoints_near_the_least_normal_number():
+    lut = np.array([1.2e-38, 2.4e-38], np.float32)
+    assert px.assign(np.array([1.5e-38, 2.2e-38], np.float32), lut).tolist() == [0, 1]

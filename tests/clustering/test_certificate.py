@@ -82,3 +82,25 @@ def test_any_magnitude():
         fit = px.kmeans_lut(weights, 4)
         assert px.certify(weights, fit.lut) <= 1e-9
         assert bool(fit.converged)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_never_below_the_true_excess_of_a_clump_beside_heavy_values(seed):
+    """Squared errors far below what double-doubles resolve: no proof may be claimed that does not hold."""
+    rng = np.random.default_rng(seed)
+    clump = rng.integers(-9, 10, 4) * 10.0 ** rng.integers(-14, -8)
+    weights = np.unique(np.concatenate([clump, rng.integers(-3000, 3000, 2)])).astype(np.float64)
+    mass = 10.0 ** rng.integers(-8, 9, weights.size)
+    for nbits in (1, 2):
+        if weights.size <= 2**nbits:
+            continue
+        fit = px.kmeans_lut(weights, nbits, sensitivity=mass)
+        best = float(least_cost(weights, mass, 2**nbits))
+        excess = float(fit.inertia) / best - 1
+        claimed = px.certify(weights, fit.lut, sensitivity=mass)
+        # A table is known to half an ulp of a double, which alone moves the cost of a clump of one.
+        cells = [[float(w), float(m)] for w, m in zip(weights, mass, strict=True)]
+        known = sum(m * (np.spacing(abs(w)) / 2) ** 2 for w, m in cells) / best
+        assert claimed >= excess - 2 * np.sqrt(known) - known - 1e-9
+        if bool(fit.converged):
+            assert excess <= 2 * np.sqrt(known) + known + 1e-9

@@ -51,3 +51,7 @@ def test_under_jit_and_vmap():
 def test_numbers_of_entries_that_cannot_be(ks):
     with pytest.raises(ValueError, match="give a list of positive integers"):
         px.kmeans_curve(np.ones(3, np.float32), ks)
+
+
+def test_beyond_the_range_of_squares():
+    assert px.kmeans_curve(np.array([1e200, 2e200, 3e200]), [2, 3, 10**9]).tolist() == [np.inf, 0, 0]

@@ -91,6 +91,13 @@ def test_any_scale(scale):
     assert px.certify(weights, px.kmeans_lut(weights, 4).lut) <= 1e-9
 
 
+def test_where_doubles_cannot_tell_costs_apart_it_is_no_worse_than_lloyd():
+    weights = np.concatenate([np.ones(6000), np.random.default_rng(0).normal(size=3000) * 1e-17]).astype(np.float32)
+    fit = px.kmeans_lut(weights, 2)
+    assert not bool(fit.converged)
+    assert float(fit.inertia) <= float(px.kmeans_lut(weights, 2, method="lloyd").inertia)
+
+
 def test_same_as_kmeans1d():
     weights = data("normal", 3000).astype(np.float32)
     for k, nbits in ((2, 1), (8, 3), (64, 6)):

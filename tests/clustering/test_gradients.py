@@ -26,6 +26,14 @@ def test_an_entry_moves_as_the_mean_of_its_cell(method):
         np.testing.assert_allclose(gradient, (slope / total)[indices] * sensitivity, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_shares_of_half_precision_weights_add_up_to_one(dtype):
+    """More weights in a cell than the dtype can count."""
+    weights = jnp.asarray(data("normal", 20000), dtype)
+    gradient = jax.grad(lambda w: px.kmeans_lut(w, 1).lut.sum())(weights).astype(jnp.float32)
+    assert float(gradient.sum()) == pytest.approx(2, rel=1e-2)
+
+
 def test_depalettized_weights_move_together():
     weights = jnp.asarray(data("normal", 60).astype(np.float32).reshape(6, 10))
     transform = px.kmeans(1, granularity=px.Granularity(group_size=3))

@@ -135,6 +135,35 @@ def test_concurrent_compiled_calls_neither_deadlock_nor_disagree():
     assert run.stdout.strip() == "done", run.stderr
 
 
+AT_ONCE = """
+from concurrent.futures import ThreadPoolExecutor
+import jax, jax.numpy as jnp, palettax as px
+with ThreadPoolExecutor(8) as pool:
+    fits = [pool.submit(jax.jit(lambda w, n=n: px.kmeans_lut(w + n, 1).lut), jnp.arange(9.0)) for n in range(8)]
+    print(all(fit.result().shape == (2,) for fit in fits))
+"""
+
+
+def test_threads_that_compile_the_first_call_together():
+    run = subprocess.run([sys.executable, "-c", AT_ONCE], capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "True", run.stderr
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint32, np.float16])
+def test_sensitivities_of_any_dtype_under_jit(dtype):
+    weights = jnp.asarray(data("normal", 40), jnp.float32)
+    sensitivity = jnp.asarray(np.arange(40) % 5, dtype)
+    plain = px.kmeans_lut(weights, 2, sensitivity=sensitivity)
+    compiled = jax.jit(lambda w, s: px.kmeans_lut(w, 2, sensitivity=s))(weights, sensitivity)
+    np.testing.assert_array_equal(compiled.indices, plain.indices)
+
+
+def test_float64_weights_beside_traced_sensitivities():
+    weights = data("normal", 40)
+    lut = jax.jit(lambda s: px.kmeans_lut(weights, 2, sensitivity=s).lut)(jnp.ones(40))
+    np.testing.assert_array_equal(lut, px.kmeans_lut(weights.astype(np.float32), 2).lut)
+
+
 def test_lloyd_descends_and_stops():
     weights = data("normal", 2000).astype(np.float32)
     fits = [px.kmeans_lut(weights, 4, method="lloyd", max_steps=m) for m in (0, 1, 2, 4, 8, 500)]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import palettax as px
+from tests.leaves import assert_same
 from tests.tables import BLOCKS, COLUMNS, DTYPES, KINDS, ROWS, data, sensitivities
 
 
@@ -112,13 +113,10 @@ def test_what_is_narrow_already_is_refused():
         px.quantize_lut(narrow, "int8").finalize(np.eye(8, dtype=np.float32), ())
 
 
-def test_what_is_palettized_already_can_be_narrowed():
+def test_what_the_inner_transform_did_not_make_keeps_its_table():
     weights = {"w": uneven_rows("normal", np.float32)}
-    small = px.palettize(weights, px.kmeans(2), weight_threshold=0)
-    narrow = px.quantize_lut(px.identity(), "int8").finalize(small, ())["w"]
-    assert (narrow.lut.dtype, small["w"].lut.dtype) == (np.int8, np.float32)
-    # Four entries cost no more than a few levels: half a step each at most.
-    assert np.abs(narrow.depalettize() - small["w"].depalettize()).max() <= 0.5 * float(narrow.scale[0, 0])
+    small = px.kmeans(2).finalize(weights, ())
+    assert px.quantize_lut(px.identity(), "int8").finalize(small, ()) == small
 
 
 @pytest.mark.parametrize("dtype", ["int4", "float32", "bool"])
@@ -206,6 +204,7 @@ def test_a_mask_of_elements_in_a_tree_of_bools():
     np.testing.assert_array_equal(small["a"].depalettize()[~keep], weights["a"][~keep])
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_masks_that_do_not_fit():
     weights = {"w": np.ones((4, 4), np.float32)}
     with pytest.raises(ValueError, match=r"leaf 'w' \(4, 4\) float32: mask is bool\(4,\)"):
@@ -235,3 +234,110 @@ def test_under_jit_a_mask_must_be_known_where_values_are_kept():
     weights = jnp.ones((4, 4))
     with pytest.raises(ValueError, match="mask is unknown under jit"):
         jax.jit(lambda w: px.masked(px.kmeans(1), w > 0).finalize(w, ()))(weights)
+
+
+def test_tied_leaves_with_masks_of_their_own():
+    weights = data("normal", 400).reshape(20, 20).astype(np.float32)
+    mask = weights > -1
+    small = px.masked(px.kmeans(1), {"a": mask, "b": ~mask}).finalize({"a": weights, "b": weights}, ())
+    np.testing.assert_array_equal(np.asarray(small["a"].depalettize())[~mask], weights[~mask])
+    np.testing.assert_array_equal(np.asarray(small["b"].depalettize())[mask], weights[mask])
+
+
+def test_tied_leaves_that_are_palettized_already():
+    """What is kept, or weighed, is what one of the leaves holds, not their sum."""
+    tree = px.kmeans(3).finalize([uneven_rows("normal", np.float32)] * 2, ())
+    mask = np.arange(400).reshape(20, 20) % 2 == 0
+    alone = px.masked(px.kmeans(1), mask).finalize(tree[0], ())
+    both = px.masked(px.kmeans(1), [mask, mask]).finalize(tree, ())
+    assert both[0] is both[1]
+    assert_same(*(jax.tree.map(np.asarray, leaf) for leaf in (both[0], alone)))
+
+
+WRAPPERS = {
+    "scale": lambda inner: px.with_channel_scale(inner, max_steps=2),
+    "int8": lambda inner: px.quantize_lut(inner, "int8"),
+    "zeros": px.keep_zeros,
+    "sparse": lambda inner: px.keep_zeros(inner, sparse=True),
+    "elements": lambda inner: px.masked(inner, np.random.default_rng(1).random((20, 20)) < 0.9),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("outer", WRAPPERS)
+@pytest.mark.parametrize("inner", WRAPPERS)
+def test_wrappers_in_every_order(outer, inner, dtype):
+    """Zeros stay zeros and what is left out stays what it was, whichever is around the other."""
+    weights = (pruned() * np.logspace(-2, 0, 20)[:, None]).astype(DTYPES[dtype])
+    transform = WRAPPERS[outer](WRAPPERS[inner](px.kmeans(3)))
+    if {outer, inner} <= {"sparse", "elements"} or (outer == inner == "int8"):
+        with pytest.raises(ValueError, match=r"leaves out elements already|int8 already"):
+            transform.finalize(weights, ())
+        return
+    small = transform.finalize(weights, ()).validate()
+    dense = np.asarray(small.depalettize())
+    np.testing.assert_array_equal(np.asarray(transform.update(weights, ())[0]), dense)
+    if {outer, inner} & {"zeros", "sparse"}:
+        assert not dense[weights == 0].any()
+    if "elements" in (outer, inner):
+        left = np.random.default_rng(1).random((20, 20)) >= 0.9
+        np.testing.assert_array_equal(dense[left], weights[left])
+    assert np.square(dense - weights, dtype=np.float64).sum() < np.square(weights, dtype=np.float64).sum()
+
+
+@pytest.mark.parametrize("make", [px.uniform, px.kmeans])
+def test_what_is_left_out_has_no_say_in_any_group(make):
+    weights = np.stack([np.full(10, 1e3), np.linspace(-1, 1, 10)]).astype(np.float32)
+    mask = np.ones((2, 10), bool)
+    mask[1, 0] = False
+    rows = make(2, granularity=px.Granularity(1))
+    lut = px.masked(rows, mask).finalize(weights, ()).lut
+    np.testing.assert_allclose(lut[1], make(2).finalize(weights[1, 1:], ()).lut[0][None], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [px.with_channel_scale(px.kmeans(2)), px.keep_zeros(px.kmeans(2)), px.quantize_lut(px.kmeans(2), "int8")],
+    ids=["scale", "zeros", "int8"],
+)
+def test_sensitivities_of_another_shape_are_refused(transform):
+    weights = uneven_rows("normal", np.float32)
+    for sensitivity in (np.ones(20, np.float32), np.ones((1, 20), np.float32), -np.ones((20, 20), np.float32)):
+        with pytest.raises(ValueError, match="sensitivity"):
+            transform.finalize(weights, (), sensitivity=sensitivity)
+
+
+def test_sensitivities_of_half_precision():
+    weights = pruned(np.float16)
+    ones = np.ones((20, 20), np.float16)
+    assert_same(
+        *(
+            jax.tree.map(np.asarray, px.keep_zeros(px.kmeans(2)).finalize(weights, (), sensitivity=s))
+            for s in (ones, None)
+        )
+    )
+
+
+def test_what_the_inner_transform_passes_by_the_wrappers_pass_by():
+    tree = {
+        "w": pruned(),
+        "key": jax.random.key(0),
+        "empty": np.zeros((0, 3), np.float32),
+        "ids": np.arange(5),
+        "f": len,
+    }
+    inner = px.by_path([("^w$", px.kmeans(2))])
+    for make in (px.with_channel_scale, px.keep_zeros, lambda t: px.quantize_lut(t, "int8")):
+        transform = make(inner)
+        small = transform.finalize(tree, transform.init(tree))
+        assert all(small[name] is tree[name] for name in tree if name != "w")
+        assert small["w"].nbits == 2
+
+
+def test_the_table_stays_ascending_when_its_padding_is_nearest_to_zero():
+    def three(weights):
+        return [-3.0, -2.0, -1.0], np.zeros(weights.size, int)
+
+    weights = np.array([-3, -2, -1, 0] * 5, np.float32)
+    lut = np.asarray(px.keep_zeros(px.custom(three)).finalize(weights, ()).lut).reshape(-1)
+    assert lut.tolist() == [-3, -2, -1, 0]
