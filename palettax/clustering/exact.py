@@ -28,6 +28,7 @@ from numba.extending import intrinsic
 # Kernels hold no GIL, so groups run on all cores from plain Python threads. Numba compiles the bare function: it can
 # take no type-checking wrapper.
 kernel: Any = njit(cache=True, nogil=True, error_model="numpy")
+inlined: Any = njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 
 MAX_PROBES = 64
 
@@ -97,8 +98,11 @@ def _between(sums, i, j, column):
 
 @kernel
 @no_type_check
-def _link_cost(sums, i, j):
-    """Squared error of the points i..j-1 about their mean m: (Q - m S) - m r - r²/W with the residue r = S - m W."""
+def _link_parts(sums, i, j):
+    """Squared error of the points i..j-1 about their mean m, in three parts of falling size that add up to it.
+
+    (Q - m S) - m r - r²/W with the residue r = S - m W.
+    """
     mass, mass_low = _between(sums, i, j, 0)
     first, first_low = _between(sums, i, j, 2)
     second, second_low = _between(sums, i, j, 4)
@@ -106,8 +110,39 @@ def _link_cost(sums, i, j):
     p, p_low = _two_product(mean, mass)
     residue = (first - p) + (first_low - p_low - mean * mass_low)
     p, p_low = _two_product(mean, first)
-    cost = (second - p) + (second_low - p_low - mean * first_low)
-    return max(cost - mean * residue - residue * residue / mass, 0.0)
+    return second, -p, (second_low - p_low - mean * first_low) - mean * residue - residue * residue / mass
+
+
+@kernel
+@no_type_check
+def _link_cost(sums, i, j):
+    """Squared error of the points i..j-1 about their mean."""
+    second, product, rest = _link_parts(sums, i, j)
+    return max((second + product) + rest, 0.0)
+
+
+@kernel
+@no_type_check
+def _exact_link_cost(sums, i, j):
+    """`_link_cost` as a high and a low double."""
+    second, product, rest = _link_parts(sums, i, j)
+    cost, low = _two_sum(second, product)
+    cost, low = _two_sum(cost, low + rest)
+    return (cost, low) if cost > 0.0 else (0.0, 0.0)
+
+
+@inlined
+@no_type_check
+def _advantage(sums, cost, rival, j, end):
+    """How much longer the way to an end by the last link from `rival` is than by that from `j`."""
+    theirs, ours = _link_cost(sums, rival, end), _link_cost(sums, j, end)
+    gain = (cost[rival] - cost[j]) + (theirs - ours)
+    if abs(gain) > 2.0**-48 * (theirs + ours):
+        return gain
+    # What tells two long links apart may be far below an ulp of either.
+    theirs, theirs_low = _exact_link_cost(sums, rival, end)
+    ours, ours_low = _exact_link_cost(sums, j, end)
+    return (cost[rival] - cost[j]) + ((theirs - ours) + (theirs_low - ours_low))
 
 
 @kernel
@@ -135,18 +170,17 @@ def _shortest_path(sums, penalty, cost, parent, heads, starts):
         while True:
             rival = heads[back]
             low = max(starts[back], j + 1)
-            if cost[j] + _link_cost(sums, j, low) < cost[rival] + _link_cost(sums, rival, low):
+            if _advantage(sums, cost, rival, j, low) > 0.0:
                 if back == front:
                     heads[back] = j
                     starts[back] = j + 1
                     break
                 back -= 1
                 continue
-            # j loses at `low`: gallop, then bisect, to the first end where it does not. At far ends, long links dwarf
-            # what tells the two apart; a tie there must not hide that j wins nearby.
+            # j loses at `low`: gallop, then bisect, to the first end where it does not.
             step = 1
             high = min(low + step, n)
-            while high > low and cost[j] + _link_cost(sums, j, high) > cost[rival] + _link_cost(sums, rival, high):
+            while high > low and _advantage(sums, cost, rival, j, high) < 0.0:
                 low = high
                 step *= 2
                 high = min(low + step, n)
@@ -154,7 +188,7 @@ def _shortest_path(sums, penalty, cost, parent, heads, starts):
                 break
             while low + 1 < high:
                 middle = (low + high) // 2
-                if cost[j] + _link_cost(sums, j, middle) <= cost[rival] + _link_cost(sums, rival, middle):
+                if _advantage(sums, cost, rival, j, middle) >= 0.0:
                     high = middle
                 else:
                     low = middle
@@ -247,6 +281,7 @@ def optimal_path(values, mass, k, penalty):
     # What n double-double additions may lose, in the cost of a path.
     lost = (n + 16) * 2.0**-105 * sums[n, 4]
     bound = -np.inf
+    found, least = short, np.inf
     for probe in range(1, MAX_PROBES + 1):
         value, links = _shortest_path(sums, penalty, cost, parent, heads, starts)
         # Rounding may have added an ulp of the path's value a link.
@@ -257,6 +292,8 @@ def optimal_path(values, mass, k, penalty):
             inertia = _path_cost(sums, path)
             if penalty <= 4.0 * inertia:
                 return path, inertia, bound - k * lost, penalty, probe
+            if inertia < least:
+                found, least = path, inertia
             # The same path is optimal down to C(k) - C(k+1), and beside a far larger penalty its cost would drown.
             penalty = inertia
             continue
@@ -282,4 +319,7 @@ def optimal_path(values, mass, k, penalty):
             penalty = np.sqrt(low * high)
     # Rounding hides how costs of different lengths differ: splitting the shorter path further is no worse than it.
     path = _split_further(short, k)
-    return path, _path_cost(sums, path), bound - k * lost, penalty, MAX_PROBES
+    inertia = _path_cost(sums, path)
+    if least <= inertia:
+        path, inertia = found, least
+    return path, inertia, bound - k * lost, penalty, MAX_PROBES

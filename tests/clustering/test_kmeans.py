@@ -149,6 +149,7 @@ def test_threads_that_compile_the_first_call_together():
     assert run.stdout.strip() == "True", run.stderr
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("dtype", [np.int8, np.uint32, np.float16])
 def test_sensitivities_of_any_dtype_under_jit(dtype):
     weights = jnp.asarray(data("normal", 40), jnp.float32)
