@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from palettax.clustering.assignment import assign
 from palettax.clustering.fit import LutFit
+from palettax.clustering.seeding import unit_of, unscaled
 
 
 def lloyd(
@@ -30,6 +31,9 @@ def lloyd(
     mass = ones if sensitivity is None else sensitivity.astype(dtype)
     mass = jnp.where(mass.sum() > 0, mass, ones)
     finite = jnp.isfinite(points).all() & (mass >= 0).all() & jnp.isfinite(mass).all()
+    points, mass = jnp.where(finite, points, 0), jnp.where(finite, mass, 1)
+    unit, heaviest = unit_of(points), unit_of(mass)
+    points, mass = points * unit, mass * heaviest
 
     def step(state: tuple) -> tuple:
         lut, indices, steps, _ = state
@@ -44,8 +48,9 @@ def lloyd(
     state = (lut, assign(points, lut), jnp.zeros((), jnp.int32), jnp.zeros((), bool))
     state = jax.lax.while_loop(lambda s: ~s[3] & (s[2] < max_steps), step, state)
     lut, indices, steps, converged = state
-    inertia = jnp.sum(mass * (points - lut[indices]) ** 2)
-    return LutFit(jnp.where(finite, lut, jnp.nan), indices, inertia, steps, converged & finite)
+    inertia = unscaled(jnp.sum(mass * (points - lut[indices]) ** 2), heaviest, unit, unit)
+    lut, inertia = jnp.where(finite, lut / unit, jnp.nan), jnp.where(finite, inertia, jnp.nan)
+    return LutFit(lut, indices, inertia, steps, converged & finite)
 
 
 def _start(points: jax.Array, mass: jax.Array, k: int) -> jax.Array:

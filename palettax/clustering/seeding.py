@@ -1,4 +1,4 @@
-"""Where k-means of vectors starts from: distinct points, a sample of many, greedy k-means++."""
+"""What k-means in JAX starts from: units, distinct points, a sample of many, greedy k-means++."""
 
 from __future__ import annotations
 
@@ -9,6 +9,30 @@ import jax.numpy as jnp
 
 from palettax._typing import PRNGKey
 from palettax.clustering.assignment import squared_errors
+
+
+def unit_of(values: jax.Array) -> jax.Array:
+    """The power of two that brings the largest magnitude near one: exact, and squares of tiny values do not vanish."""
+    limit = jnp.finfo(values.dtype).maxexp - 3
+    exponent = jnp.frexp(jnp.abs(values).max())[1]
+    return jnp.ldexp(jnp.ones((), values.dtype), -jnp.clip(exponent, -limit, limit))
+
+
+def unscaled(value: jax.Array, *units: jax.Array) -> jax.Array:
+    """The value over each of the units, one after the other: their product may be out of range."""
+    for unit in units:
+        value = jax.lax.optimization_barrier(value / unit)
+    return value
+
+
+def equal_entries(points: jax.Array, lut: jax.Array) -> jax.Array:
+    """The lowest entry that is equal to each point; 0 where none is. Points are (d, n)."""
+
+    def compare(place: int | jax.Array, near: jax.Array) -> jax.Array:
+        entry = lut.shape[0] - 1 - place
+        return jnp.where((points == lut[entry][:, None]).all(axis=0), entry, near)
+
+    return jax.lax.fori_loop(0, lut.shape[0], compare, jnp.zeros(points.shape[1], jnp.int32))
 
 
 def distinct_points(points: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

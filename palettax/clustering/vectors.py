@@ -12,7 +12,14 @@ from jaxtyping import Float
 from palettax._typing import Array, PRNGKey
 from palettax.clustering.assignment import nearest, squared_errors
 from palettax.clustering.fit import LutFit
-from palettax.clustering.seeding import distinct_points, plus_plus, sample_points
+from palettax.clustering.seeding import (
+    distinct_points,
+    equal_entries,
+    plus_plus,
+    sample_points,
+    unit_of,
+    unscaled,
+)
 
 LANES = 8
 """Running sums that a cell is added up in: neighbouring points then seldom wait for one another."""
@@ -132,8 +139,8 @@ def fit_group(
         mass = jnp.where(finite & (mass.max() > 0), mass, 1)
     points = jnp.where(finite, points, 0)
     # Scaling by powers of two is exact, and keeps squares of tiny weights from vanishing.
-    scale = _unit(points)
-    heaviest = jnp.ones((), dtype) if mass is None else _unit(mass)
+    scale = unit_of(points)
+    heaviest = jnp.ones((), dtype) if mass is None else unit_of(mass)
     points *= scale
     mass = None if mass is None else mass * heaviest
 
@@ -142,12 +149,14 @@ def fit_group(
     best = _lloyd(points, mass, jnp.where(few, distinct, lut), max_steps, tol)
     ordered = jnp.stack(jax.lax.sort(tuple(best.lut.T), num_keys=points.shape[0]), axis=1)
     near, errors = nearest(points, mass, ordered, plain_ties=mass is not None)
+    # Squares of tiny differences vanish: what is equal is found by comparing.
+    near, errors = jnp.where(few, equal_entries(points, ordered), near), jnp.where(few, 0, errors)
     count = jnp.zeros(k, jnp.int32).at[near].add(1)
     last = jnp.max(jnp.where(count > 0, jnp.arange(k), 0))
     used = jnp.cumsum(count > 0) - 1
     lut = jnp.zeros_like(ordered) + ordered[last]
     lut = lut.at[jnp.where(count > 0, used, k)].set(ordered, mode="drop")
-    inertia = errors.sum() / heaviest / scale / scale
+    inertia = unscaled(errors.sum(), heaviest, scale, scale)
     return LutFit(
         jnp.where(finite, lut / scale, jnp.nan),
         used[near].astype(jnp.uint8),
@@ -155,13 +164,6 @@ def fit_group(
         best.steps,
         best.settled & finite,
     )
-
-
-def _unit(values: jax.Array) -> jax.Array:
-    """The power of two that brings the largest magnitude near one."""
-    limit = jnp.finfo(values.dtype).maxexp - 3
-    exponent = jnp.frexp(jnp.abs(values).max())[1]
-    return jnp.ldexp(jnp.ones((), values.dtype), -jnp.clip(exponent, -limit, limit))
 
 
 class _Lloyd(NamedTuple):

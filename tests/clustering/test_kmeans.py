@@ -214,3 +214,15 @@ def test_a_failing_host_function_is_an_error_not_a_crash():
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="no such luck"):
         jax.block_until_ready(jax.jit(call)(jnp.ones(3)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [1e-30, 1e38])
+def test_the_ends_of_the_range(method, size):
+    weights = (data("bimodal", 50) / 2 * size).astype(np.float32)
+    sensitivity = np.full(50, size, np.float32)
+    fit = px.kmeans_lut(weights, 1, sensitivity=sensitivity, method=method)
+    plain = px.kmeans_lut((data("bimodal", 50) / 2).astype(np.float32), 1, method=method)
+    assert bool(fit.converged)
+    np.testing.assert_allclose(np.asarray(fit.lut, np.float64) / size, plain.lut, rtol=1e-5)
+    np.testing.assert_array_equal(fit.indices, plain.indices)

@@ -300,3 +300,15 @@ def test_a_number_of_entries_that_no_byte_can_index(k):
 def test_no_restarts():
     with pytest.raises(ValueError, match="restarts=0"):
         kmeans_vectors(vectors_of("normal", 1, 10, 2), 2, None, KEY, restarts=0)
+
+
+def test_few_vectors_closer_than_squares_can_tell():
+    vectors = np.array([[[1, 0], [1e-20, 0], [2e-20, 0], [3e-20, 0]]], np.float32)
+    fit = kmeans_vectors(vectors, 4, None, KEY)
+    np.testing.assert_array_equal(np.asarray(fit.lut)[0][np.asarray(fit.indices)[0]], vectors[0])
+    assert float(fit.inertia[0]) == 0
+
+
+def test_an_exact_fit_of_large_vectors_has_no_inertia():
+    fit = kmeans_vectors(np.full((1, 2, 2), 1e25, np.float32), 2, None, KEY)
+    assert float(fit.inertia[0]) == 0
