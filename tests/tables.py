@@ -62,7 +62,7 @@ NEEDS_VALUES = {"unique"}
 INEXACT = {"custom", "int8 lut", "int8 lut vectors", "uint8 lut rows", "float8 lut", "int8 lut channel scale"}
 """Rows that may move weights of two values; those of -1 and 1 they keep."""
 
-RESCALED = {name for name in HARD if "channel scale" in name}
+RESCALED = {name for name in HARD if "channel scale" in name or name == "int8 lut vectors"}
 """Rows that search for scales step by step: from their own result they may find a better one."""
 
 ORDERED = {name for name in HARD if "vectors" in name or name == "elements"}

@@ -63,7 +63,7 @@ def with_channel_scale(
         return positive(largest, largest.dtype.type(1))
 
     @float64_stays
-    def refit(name: str, leaf: Any, scale: Array, weights: Array, sensitivity: Array | None) -> Array:
+    def refit(name: str, leaf: Any, scale: Array, weights: Any, sensitivity: Array | None) -> Array:
         """Least squares per channel; `leaf` is of the scaled weights."""
         if not is_palettized(leaf) or scale.size == 1:
             return scale
@@ -78,7 +78,7 @@ def with_channel_scale(
         return numpy_of(fresh, scale).where(fits, fresh, scale)
 
     @float64_stays
-    def better(name: str, new: Any, old: Any, weights: Array, sensitivity: Array | None) -> Any:
+    def better(name: str, new: Any, old: Any, weights: Any, sensitivity: Array | None) -> Any:
         """Of two leaves the one of less weighted error."""
         if not (is_palettized(new) and is_palettized(old)):
             return old
