@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int, UInt8
@@ -110,7 +113,8 @@ def squared_errors(
 ) -> Float[jax.Array, " n"]:
     """The weighted squared distance of every point to one entry."""
     squares = [(x - e) ** 2 for x, e in zip(points, entry, strict=True)]
-    return sum(squares if mass is None else [w * s for w, s in zip(mass, squares, strict=True)])  # type: ignore
+    terms = squares if mass is None else [w * s for w, s in zip(mass, squares, strict=True)]
+    return functools.reduce(operator.add, terms)
 
 
 def nearest(

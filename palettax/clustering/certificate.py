@@ -38,7 +38,7 @@ def certify(
 
     Returns:
         A float ≥ 0; 0 is optimal, 0.01 is at most 1 % above the optimum, infinity is a table with error where none
-        is needed. Under `jit` and `vmap`, an array of that.
+        is needed, or where doubles resolve too little for a bound. Under `jit` and `vmap`, an array of that.
 
     Raises:
         ValueError: as `kmeans_lut`, or a lut that is not one row of 1 to 256 finite floats.

@@ -85,7 +85,8 @@ def check_sensitivity(sensitivity: Array | None, weights: Any) -> None:
         raise ValueError(f"sensitivity is {sensitivity.dtype}; it weighs squared errors: give real numbers")
     if is_traced(sensitivity):
         return
-    values = np.asarray(sensitivity, np.float64)
+    values = np.asarray(sensitivity)
+    values = values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
     bad = int((~np.isfinite(values)).sum())
     negative = int((values < 0).sum())
     if bad or negative:

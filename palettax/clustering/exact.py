@@ -1,4 +1,4 @@
-"""Exact weighted k-means in one dimension, in time O(n) per Lagrangian probe and memory O(n) whatever k is.
+"""Exact weighted k-means in one dimension, in time O(n log n) per Lagrangian probe and memory O(n) whatever k is.
 
 Optimal clusters of sorted points are intervals, so a clustering is a path 0 = b₀ < b₁ < … < b_k = n whose link (i, j)
 costs the squared error of the points i..j-1 about their mean. That cost is concave Monge, hence the cost C(k) of the
@@ -8,7 +8,7 @@ best k-link path is convex in k and
 
 A probe solves the inner problem with a monotone queue. The outer maximum takes a few probes; where C is linear around k
 several path lengths tie, and a k-link path is spliced from a shorter and a longer optimal one. The maximum is a lower
-bound for every clustering, so each answer carries its proof.
+bound for every clustering; less what rounding may have added, it says how good an answer is proven to be.
 
 Grønlund, Larsen, Mathiasen, Nielsen, Schneider, Song, "Fast exact k-means, k-medians and Bregman divergence clustering
 in 1D", arXiv 1701.07204, 2017. Aggarwal, Schieber, Tokuyama, "Finding a minimum-weight k-link path in graphs with the

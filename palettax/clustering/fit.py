@@ -20,7 +20,8 @@ class LutFit(NamedTuple):
         inertia: Σ sensitivity · (weight - lut[index])².
         num_steps: work done: Lagrangian probes, Lloyd steps, or 0 for a closed form.
         converged: whether the method reached what it promises. False for weights that hold NaN or infinity, for
-            weights with more distinct values than `unique_lut` may use, for Lloyd stopped by `max_steps`.
+            weights with more distinct values than `unique_lut` may use, for Lloyd stopped by `max_steps`, and for an
+            exact fit whose optimum is not proven to 1e-9: doubles do not tell some costs apart.
     """
 
     lut: Float[Array, "*lut"]

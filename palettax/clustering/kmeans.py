@@ -45,8 +45,9 @@ def kmeans_lut(
 
     minimise over lut and indices:  Σ sensitivity · (weight - lut[index])²
 
-    `method="exact"` finds the global optimum, on the host, in O(n) memory and a few linear passes. `method="lloyd"` is
-    Lloyd's iteration in JAX: a local optimum, which stays on the accelerator. Scalars start it from a deterministic
+    `method="exact"` sorts or counts the weights on the host and finds the global optimum in O(n) memory; `converged`
+    says that it is proven, which fails only where doubles do not resolve the errors. `method="lloyd"` is Lloyd's
+    iteration in JAX: a local optimum, which stays on the accelerator. Scalars start it from a deterministic
     spread, vectors from the best of several k-means++ starts.
 
     Weights with at most 2^nbits distinct values are reproduced exactly. A sensitivity of zero everywhere counts as one

@@ -20,7 +20,8 @@ import numpy as np
 
 from palettax.clustering.exact import kernel, optimal_path, power_of_two
 
-# Neighbouring boundaries shift together at little cost, the less the more there are: hence nodes by the square of k.
+# Neighbouring boundaries shift together at little cost, the less the more there are: hence nodes by the square of
+# k, as far as searching them all pays.
 LEAST_NODES, MOST_NODES = 256, 36_000
 REACH = 3
 PIECES = 8

@@ -49,14 +49,16 @@ def sorted_rows(weights: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.n
 
     Args:
         weights: (rows, n), floating.
-        mass: (rows, n) float64; (rows, 0) for one everywhere.
+        mass: (rows, n), real; (rows, 0) for one everywhere. Comes back as float64.
     """
     wide = weights.astype(np.promote_types(weights.dtype, np.float32))
     if mass.shape[1] == 0:
         wide.sort(axis=-1)
-        return wide, mass
+        return wide, mass.astype(np.float64, copy=False)
     order = np.argsort(wide, axis=-1)
-    return np.take_along_axis(wide, order, axis=-1), np.take_along_axis(mass, order, axis=-1)
+    wide, mass = np.take_along_axis(wide, order, axis=-1), np.take_along_axis(mass, order, axis=-1)
+    del order  # eight bytes a weight
+    return wide, mass.astype(np.float64, copy=False)
 
 
 def distinct_count(weights: np.ndarray) -> int:

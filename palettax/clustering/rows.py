@@ -48,13 +48,14 @@ def fit_rows(
     counted = weights.dtype.itemsize == 2 and n >= LEAST_COUNTED
 
     def fit(part: tuple[slice, slice]) -> None:
-        taken, own = part[0], mass[part].astype(np.float64)
+        taken = part[0]
         results = *precision, entries[taken], num_steps[taken], converged[taken]
         if counted:
             bits, patterns = weights[taken].view(np.uint16), finite_patterns(weights.dtype)
+            own = mass[part] if mass.dtype == np.float32 else mass[part].astype(np.float64)
             _fit_bits(bits, own, *patterns, *results, indices[taken], errors[taken])
         else:
-            _fit_sorted(*sorted_rows(weights[taken], own), *results)
+            _fit_sorted(*sorted_rows(weights[taken], mass[part]), *results)
 
     def assign(part: tuple[slice, slice]) -> np.ndarray:
         wide = weights[part].astype(np.promote_types(weights.dtype, np.float32), copy=False)

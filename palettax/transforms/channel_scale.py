@@ -134,7 +134,7 @@ def _largest(weights: Array, sensitivity: Array | None, axes: Sequence[int]) -> 
 
 
 def _wide(values: Array, weights: Array, sensitivity: Array | None) -> tuple[Array, Array, Array]:
-    """Values, weights and sensitivities in the widest dtype at hand; weights that do not count are zero."""
+    """Values, weights and sensitivities in the widest dtype at hand; weights that do not count have no error."""
     xp = numpy_of(values, weights, sensitivity)
     dtype = np.float64 if xp is np else jnp.promote_types(weights.dtype, jnp.float32)
     mass = xp.ones((1,) * weights.ndim, dtype) if sensitivity is None else xp.asarray(sensitivity).astype(dtype)
