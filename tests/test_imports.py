@@ -24,7 +24,7 @@ LEVELS = [
     {"palettize"},
     {"report"},
     {"checkpoint"},
-    {"torch"},
+    {"activations", "torch"},
     {"coreml"},
     {"plot"},
     {"demo"},

@@ -74,8 +74,8 @@ def check_finite(weights: Array) -> None:
     )
 
 
-def check_sensitivity(sensitivity: Array | None, weights: Any) -> None:
-    """Refuse a sensitivity that is not one finite number ≥ 0 per weight."""
+def check_sensitivity(sensitivity: Array | None, weights: Any, *, infinite: bool = False) -> None:
+    """Refuse a sensitivity that is not one number ≥ 0 per weight, finite unless `infinite` marks are expected."""
     if sensitivity is None:
         return
     if not hasattr(sensitivity, "shape") or tuple(sensitivity.shape) != tuple(weights.shape):
@@ -87,7 +87,7 @@ def check_sensitivity(sensitivity: Array | None, weights: Any) -> None:
         return
     values = np.asarray(sensitivity)
     values = values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
-    bad = int((~np.isfinite(values)).sum())
+    bad = int((np.isnan(values) if infinite else ~np.isfinite(values)).sum())
     negative = int((values < 0).sum())
     if bad or negative:
         raise ValueError(

@@ -12,8 +12,8 @@ import numpy as np
 
 from palettax._typing import Array, Tree, is_traced
 from palettax.clustering.checks import as_host, float64_stays
-from palettax.leaf import PalettizedArray, channel_axes, is_palettized, multiply_scales
-from palettax.transforms.base import PaletteTransformation, map_leaves, shared
+from palettax.leaf import PalettizedArray, channel_axes, depalettize, is_palettized, multiply_scales
+from palettax.transforms.base import PaletteTransformation, is_stateful, map_leaves, shared
 from palettax.transforms.elements import hidden_elements, numpy_of
 from palettax.transforms.wrapping import dense_on_host, is_weight, positive, scaled_mass, stored, wrapped
 
@@ -31,7 +31,8 @@ def with_channel_scale(
         scale[channel] = Σ sensitivity · weight · value / Σ sensitivity · value²,
 
     value being what the table gives. The best fit is kept, the one without scales among them, so no leaf gets worse.
-    The scale of a channel of zeros is one; a leaf of rank 1, whose every weight would be a channel, gets none.
+    The scale of a channel of zeros is one; a leaf of rank 1, whose every weight would be a channel, gets none. Around a
+    transform that trains, such as `dkm`, the scale is max |weight| of the channel in every update, and at the end.
 
     Args:
         inner: the transform; it should heed sensitivity, as `kmeans` does.
@@ -87,14 +88,29 @@ def with_channel_scale(
             return new if gain > 0 else old
         return jax.tree.map(lambda a, b: jnp.where(gain > 0, a, b), new, old)
 
+    def init(params: Tree) -> Tree:
+        dense = dense_on_host(params)
+        return inner.init(map_leaves(_divided, dense, map_leaves(lambda name, w: first_scale(name, w, None), dense)))
+
+    def train(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> tuple[Tree, Tree]:
+        dense, sensitivity = depalettize(params), shared(params, sensitivity)
+        scale = jax.lax.stop_gradient(map_leaves(first_scale, dense, sensitivity))
+        mass = map_leaves(scaled_mass, dense, sensitivity, scale)
+        values, state = inner.update(map_leaves(_divided, dense, scale), state, sensitivity=mass)
+        return map_leaves(
+            lambda name, v, s, w: w if v is w else v if s.size == 1 else v * s, values, scale, dense
+        ), state
+
     def finalize(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> Tree:
         dense, sensitivity = dense_on_host(params), shared(params, sensitivity)
         scale = map_leaves(first_scale, dense, sensitivity)
 
         def fit(scale: Tree) -> Tree:
-            scaled = map_leaves(lambda name, w, s: w if s.size == 1 else w / s, dense, scale)
-            return inner.finalize(scaled, state, sensitivity=map_leaves(scaled_mass, dense, sensitivity, scale))
+            mass = map_leaves(scaled_mass, dense, sensitivity, scale)
+            return inner.finalize(map_leaves(_divided, dense, scale), state, sensitivity=mass)
 
+        if is_stateful(state):  # its tables are of weights over the scale they were trained with
+            return stored(params, map_leaves(_rescaled, fit(scale), scale, dense))
         best = map_leaves(_unscaled, inner.finalize(dense, state, sensitivity=sensitivity), scale)
         for _ in range(max_steps):
             small = fit(scale)
@@ -102,7 +118,11 @@ def with_channel_scale(
             scale = map_leaves(refit, small, scale, dense, sensitivity)
         return stored(params, best)
 
-    return wrapped(inner, finalize)
+    return wrapped(inner, finalize, init=init, train=train)
+
+
+def _divided(name: str, weights: Any, scale: Array) -> Any:
+    return weights if scale.size == 1 else weights / scale
 
 
 @float64_stays

@@ -198,7 +198,7 @@ def _hard(
             hidden = None
         visible = rows if hidden is None else fill_hidden(rows, hidden)
         check_finite(visible)
-        result = fit(visible, mass, None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode())))
+        result = fit(visible, mass, key_of(key, name))
         if hidden is not None:
             own = assign_groups(rows, result.lut, None)
             result = result._replace(indices=jnp.where(hidden, own, result.indices))
@@ -229,6 +229,11 @@ def _hard(
             finalize_leaf, params, shared(params, sensitivity)
         ),
     )
+
+
+def key_of(key: PRNGKey | None, name: str) -> PRNGKey | None:
+    """A leaf's own key."""
+    return None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 class Cut(NamedTuple):

@@ -22,17 +22,43 @@ from palettax.leaf import (
     multiply_scales,
     split_blocks,
 )
-from palettax.transforms.base import PaletteTransformation, map_leaves, placed_like
+from palettax.transforms.base import (
+    PaletteTransformation,
+    is_stateful,
+    map_leaves,
+    placed_like,
+    with_gradient_of,
+)
 from palettax.transforms.elements import numpy_of
 
 
-def wrapped(inner: PaletteTransformation, finalize: Callable[..., Tree]) -> PaletteTransformation:
-    """The transform that stores what `finalize` makes, its state that of the inner one."""
+def wrapped(
+    inner: PaletteTransformation,
+    finalize: Callable[..., Tree],
+    *,
+    init: Callable[[Tree], Tree] | None = None,
+    train: Callable[..., tuple[Tree, Tree]] | None = None,
+) -> PaletteTransformation:
+    """The transform that stores what `finalize` makes, its state that of the inner one.
+
+    Args:
+        inner: what it is around.
+        finalize: what it stores.
+        init: where its state starts; None for where the inner one does.
+        train: its update, if the inner transform follows weights in training. None: its values are those stored, with
+            the gradient of the inner update.
+    """
 
     def update(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> tuple[Tree, Tree]:
-        return depalettize(finalize(params, state, sensitivity=sensitivity)), state
+        if is_stateful(state) and train is not None:
+            return train(params, state, sensitivity=sensitivity)
+        values = depalettize(finalize(params, state, sensitivity=sensitivity))
+        if not is_stateful(state):
+            return values, state
+        soft, state = inner.update(params, state, sensitivity=sensitivity)
+        return map_leaves(lambda name, a, b: with_gradient_of(a, b) if is_weight(a) else a, values, soft), state
 
-    return PaletteTransformation(inner.init, update, finalize)
+    return PaletteTransformation(init or inner.init, update, finalize)
 
 
 def stored(params: Tree, small: Tree) -> Tree:
@@ -54,7 +80,7 @@ def scaled_mass(name: str, weights: Any, sensitivity: Array | None, scale: Array
     """What a squared error of weight / scale costs: sensitivity · scale²."""
     if scale.size == 1:
         return sensitivity
-    check_sensitivity(sensitivity, weights)
+    check_sensitivity(sensitivity, weights, infinite=True)
     wide = scale.astype(np.promote_types(scale.dtype, np.float32))
     xp = numpy_of(weights, sensitivity, scale)
     # Only ratios count, and squares of tiny scales would vanish.

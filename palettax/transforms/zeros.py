@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from palettax._typing import Array, Tree
 from palettax.clustering.checks import float64_stays
-from palettax.leaf import is_palettized, split_blocks
-from palettax.transforms.base import PaletteTransformation, map_leaves, shared
+from palettax.leaf import depalettize, is_palettized, split_blocks
+from palettax.transforms.base import PaletteTransformation, is_stateful, map_leaves, shared
 from palettax.transforms.elements import hide_elements, keep_elements, numpy_of
 from palettax.transforms.wrapping import dense_on_host, is_weight, pin_zero, positive, spread, stored, wrapped
 
@@ -41,6 +44,13 @@ def keep_zeros(inner: PaletteTransformation, *, sparse: bool = False) -> Palette
         total = mass.sum()
         return numpy_of(mass).where(weights != 0, mass / positive(total, total.dtype.type(1)), mass.dtype.type(2.0**20))
 
+    def marked(name: str, weights: Any, sensitivity: Array | None) -> Array | None:
+        """For a transform that trains: infinite where an entry is to be zero."""
+        mass: Any = hidden(name, weights, sensitivity)
+        if sparse or not is_weight(weights):
+            return mass
+        return numpy_of(mass).where(weights != 0, mass, mass.dtype.type(np.inf))
+
     @float64_stays
     def set_zero(name: str, leaf: Any, weights: Any) -> Any:
         if not is_palettized(leaf):
@@ -60,10 +70,15 @@ def keep_zeros(inner: PaletteTransformation, *, sparse: bool = False) -> Palette
     def hidden(name: str, weights: Any, sensitivity: Array | None) -> Array | None:
         return hide_elements(sensitivity, weights, weights != 0) if is_weight(weights) else sensitivity
 
+    def train(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> tuple[Tree, Tree]:
+        dense = depalettize(params)
+        values, state = inner.update(dense, state, sensitivity=map_leaves(marked, dense, shared(params, sensitivity)))
+        return map_leaves(lambda name, v, w: jnp.where(w == 0, w, v) if is_weight(w) else v, values, dense), state
+
     def finalize(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> Tree:
         dense, sensitivity = dense_on_host(params), shared(params, sensitivity)
-        mass = map_leaves(hidden if sparse else pinned, dense, sensitivity)
+        mass = map_leaves(marked if is_stateful(state) else hidden if sparse else pinned, dense, sensitivity)
         small = inner.finalize(dense, state, sensitivity=mass)
         return stored(params, map_leaves(leave_out if sparse else set_zero, small, dense))
 
-    return wrapped(inner, finalize)
+    return wrapped(inner, finalize, train=train)

@@ -1,0 +1,88 @@
+"""Tables rounded to a narrow dtype, with a gradient: what training can afford in every step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from palettax.clustering.levels import level_values, stored_levels
+
+HALVES = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """What becomes of a table on its way to storage.
+
+    Attributes:
+        dtype: float16 or bfloat16; int8, uint8 or a float8, whose levels have a step; None to stay as it is.
+        step_dtype: the float dtype that a step is stored in.
+    """
+
+    dtype: np.dtype | None
+    step_dtype: np.dtype
+
+    def stored(
+        self, lut: Float[jax.Array, "k d"], zero: Any
+    ) -> tuple[Shaped[jax.Array, "k d"], Float[jax.Array, ""] | None]:
+        """The table as it is stored, and the step of its levels if it has them: max |entry| over the largest level.
+
+        Args:
+            lut: float32 or float64.
+            zero: bool: whether the entry nearest to zero is to be zero; None for no.
+        """
+        lut = _pinned(lut, zero)
+        if self.dtype is not None and self.has_levels:
+            numbers, step = self._levels(lut)
+            return jnp.asarray(stored_levels(numbers, self.dtype)), step
+        return (lut if self.dtype is None else lut.astype(self.dtype)).astype(self.step_dtype), None
+
+    def __call__(self, lut: Float[jax.Array, "k d"], zero: Any) -> Float[jax.Array, "k d"]:
+        """The table as it will be read back from storage; its gradient is that of the table."""
+        lut = _pinned(lut, zero)
+        if self.dtype is None:
+            return lut
+        fixed = jax.lax.stop_gradient(lut)
+        if self.has_levels:
+            numbers, step = self._levels(fixed)
+            read = numbers.astype(self.step_dtype) * step
+        else:
+            read = fixed.astype(self.dtype)
+        return lut + (read.astype(lut.dtype) - fixed)
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether the dtype has levels, and they a step."""
+        return self.dtype is not None and self.dtype not in HALVES
+
+    def _levels(self, lut: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The numbers that levels are, and their step."""
+        dtype = np.dtype(self.dtype)
+        top = level_values(dtype).max()
+        step = (abs(lut).max() / top).astype(self.step_dtype)
+        step = jnp.maximum(step, jnp.finfo(self.step_dtype).tiny)
+        numbers = jnp.clip(lut / step.astype(lut.dtype), -top, top)
+        integer = dtype in (np.int8, np.uint8)
+        return jnp.round(numbers) if integer else numbers.astype(dtype).astype(lut.dtype), step
+
+
+def _pinned(lut: jax.Array, zero: Any) -> jax.Array:
+    if zero is None:
+        return lut
+    nearest = jnp.arange(lut.shape[0]) == abs(lut[:, 0]).argmin()
+    return jnp.where((zero & nearest)[:, None], 0, lut)
+
+
+def narrow_dtype(dtype: Any) -> np.dtype | None:
+    """A dtype that tables can be rounded to, also by name; None for none."""
+    if dtype is None:
+        return None
+    narrow = np.dtype(jnp.dtype(dtype))
+    if narrow not in HALVES:
+        level_values(narrow)  # refuses others
+    return narrow
