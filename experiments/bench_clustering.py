@@ -7,29 +7,27 @@ this script, and a figure of time against entries and against weights. `--quick`
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from measuring import machine, peak_memory, timed
 from rich.progress import track
 
 import palettax as px
 import palettax.coreml  # before coremltools, whose import it keeps quiet
 
 HERE = Path(__file__)
+PACKAGES = ("numpy", "jax", "numba", "coremltools", "kmeans1d", "scikit-learn", "flash1dkmeans")
 ROUNDS, LONG = 5, 20.0  # rounds; a rival that takes longer than so many seconds runs once
 
 
@@ -139,35 +137,6 @@ def cases(quick: bool) -> list[Case]:
     return [case for case in found if not (quick and ", 8 bits" in case.name)]
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def peak_memory(call: Callable[[], object]) -> float:
-    """Bytes of resident memory above the start, sampled every half millisecond while the call runs."""
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed is not to be used again unseen
-    done, seen, start = threading.Event(), [0], resident()
-
-    def watch() -> None:
-        while not done.wait(0.0005):
-            seen[0] = max(seen[0], resident() - start)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    result = call()  # held, as the caller would hold it
-    seen[0] = max(seen[0], resident() - start)
-    done.set()
-    watcher.join()
-    del result
-    return seen[0]
-
-
-def timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def row(case: Case) -> str:
     case.ours()  # compiles
     memory = peak_memory(case.ours)
@@ -259,16 +228,6 @@ def best(side: Side) -> float:
     return first if first > LONG / 4 else min(timed(side) for _ in range(3))
 
 
-def machine() -> str:
-    names = ("numpy", "jax", "numba", "coremltools", "kmeans1d", "scikit-learn", "flash1dkmeans")
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "",
-    )
-    packages = ", ".join(f"{name} {version(name)}" for name in names)
-    return f"{model or platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, {packages}."
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="leave out the rivals that take minutes; write nothing")
@@ -284,7 +243,7 @@ def main() -> None:
     lines += ["", *first_calls(), ""]
     lines.append(
         f"Medians of {ROUNDS} rounds in turns after a warm-up; a rival that takes over {LONG:g} s ran once. Peak "
-        f"memory is the resident set above that before the call, results included. {machine()}"
+        f"memory is the resident set above that before the call, results included. {machine(*PACKAGES)}"
     )
     text = "\n".join(lines) + "\n"
     print("\n" + text)

@@ -56,7 +56,7 @@ class Grid(NamedTuple):
         """The bucket of every weight, and how far the weight is from its middle."""
         halfway = self.entries[:-1] + self.reach[:-1, 1]
         fixed = jax.lax.stop_gradient(weights)
-        method = "compare_all" if halfway.size < 64 else "scan"
+        method = "compare_all" if halfway.size < 32 else "scan"
         entry = jnp.searchsorted(halfway, fixed, method=method).astype(jnp.int32)
         gap = fixed - self.entries[entry]
         side = 2 * entry + (gap > 0)
