@@ -31,6 +31,8 @@ from measuring import machine
 from rich.progress import track
 
 import palettax as px
+import palettax.coreml  # before coremltools, whose import it keeps quiet
+import palettax.torch
 from palettax.demo.data import Digits, load_digits
 from palettax.demo.networks import DigitNet, accuracy
 
@@ -39,7 +41,9 @@ RESULTS = HERE.with_suffix(".json")
 BATCH, EPOCHS, THRESHOLD = 128, 2, 500
 SETTINGS = {"one layer": (4, 2, 1), "every layer": (4, 2, 1), "transformer": (2,)}
 ADJOINTS = {"implicit": px.Implicit(), "one-step": px.OneStep(), "unrolled": px.Unrolled()}
-METHODS = ("post-training", "straight-through", *ADJOINTS)
+PEER = "coremltools"
+METHODS = ("post-training", "straight-through", *ADJOINTS, PEER)
+PEER_RUNS = [("one layer", 4), ("every layer", 2)]  # it takes too long for more
 SEEDS = (0, 1, 2)
 
 
@@ -62,7 +66,8 @@ def runs() -> Iterator[Run]:
     claimed = [(s, b, m) for s, b, m in (("every layer", 2, "implicit"), ("every layer", 1, "implicit"))]
     claimed += [("one layer", 4, "implicit")]
     floats = [(setting, 32, "float") for setting in SETTINGS]
-    rest = [(s, b, m) for s, widths in SETTINGS.items() for b in widths for m in METHODS if (s, b, m) not in claimed]
+    every = [(s, b, m) for s, widths in SETTINGS.items() for b in widths for m in METHODS]
+    rest = [spec for spec in every if spec not in claimed and (spec[2] != PEER or spec[:2] in PEER_RUNS)]
     for seed, spec in itertools.product(SEEDS, [*floats, *claimed]):
         yield Run(*spec, seed)
     for spec, seed in itertools.product(rest, SEEDS):
@@ -141,11 +146,16 @@ def train(
         held.update(model, gradients)
         return state
 
-    random = np.random.default_rng(seed)
-    order = np.concatenate([random.permutation(len(digits.train_images)) for _ in range(EPOCHS)])
-    for rows in order[: steps * BATCH].reshape(steps, BATCH):
+    for rows in batches(seed, steps, len(digits.train_images)):
         state = step(model, held, state, digits.train_images[rows], digits.train_labels[rows])
     return jax.block_until_ready(state)
+
+
+def batches(seed: int, steps: int, size: int) -> np.ndarray:
+    """The images of every step."""
+    random = np.random.default_rng(seed)
+    order = np.concatenate([random.permutation(size) for _ in range(EPOCHS)])
+    return order[: steps * BATCH].reshape(steps, BATCH)
 
 
 @cache
@@ -170,6 +180,47 @@ def result_of(run: Run, data: Path, steps: int) -> dict[str, float]:
         small = px.palettize(params, post_training(run), weight_threshold=THRESHOLD)
     hard = nnx.merge(graph, px.depalettize(small), rest)
     return {"accuracy": accuracy(hard, digits.test_images, digits.test_labels), "seconds": seconds}
+
+
+def peer_result_of(run: Run, data: Path, steps: int) -> dict[str, float]:
+    """The same for coremltools' DKMPalettizer, from the same float network, in torch."""
+    import torch
+    from coremltools.optimize.torch.palettization import DKMPalettizer, DKMPalettizerConfig
+
+    from palettax.demo.networks import FEATURE_MAP, torch_twin
+
+    torch.manual_seed(run.seed)
+    digits = load_digits(data, run.seed)
+    flax_model = pretrained(run.setting, run.seed, data, steps)
+    leaves = px.torch.from_flax(
+        nnx.state(flax_model, nnx.Any(nnx.Param, nnx.BatchStat)), flattened={"dense1": FEATURE_MAP}
+    )
+    twin = px.torch.load_into(torch_twin(), leaves)
+    layer = {"n_bits": run.nbits, "weight_threshold": THRESHOLD}
+    layers = ["conv2"] if run.setting == "one layer" else ["conv1", "conv2", "dense1", "dense2"]
+    config = DKMPalettizerConfig.from_dict({"module_name_configs": dict.fromkeys(layers, layer)})
+    palettizer = DKMPalettizer(twin.train(), config)
+    model = palettizer.prepare()
+    one_layer = run.setting == "one layer"
+    optimizer = torch.optim.SGD(model.parameters(), 0.008) if one_layer else torch.optim.Adam(model.parameters(), 1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda count: 1.0 if one_layer else 0.5 * (1 + np.cos(np.pi * min(count / steps, 1)))
+    )
+    start = time.perf_counter()
+    for rows in batches(run.seed + 100, steps, len(digits.train_images)):
+        optimizer.zero_grad()
+        images = torch.from_numpy(digits.train_images[rows].transpose(0, 3, 1, 2))
+        loss = torch.nn.functional.nll_loss(model(images), torch.from_numpy(digits.train_labels[rows]).long())
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        palettizer.step()
+    seconds = time.perf_counter() - start
+    hard = palettizer.finalize().eval()
+    with torch.no_grad():
+        scores = [hard(torch.from_numpy(part.transpose(0, 3, 1, 2))) for part in np.split(digits.test_images, 20)]
+    hits = torch.cat(scores).argmax(dim=1).numpy() == digits.test_labels
+    return {"accuracy": float(hits.mean()), "seconds": seconds}
 
 
 def post_training(run: Run) -> px.PaletteTransformation:
@@ -205,7 +256,7 @@ def draw(found: dict[str, dict[str, float]]) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, setting in zip(axes, [name for name, widths in SETTINGS.items() if len(widths) > 1], strict=True):
-        for method, marker in zip(METHODS, "vsoD^", strict=True):
+        for method, marker in zip(METHODS, "vsoD^P", strict=True):
             points = [
                 (b, [found[name]["accuracy"] for s in SEEDS if (name := Run(setting, b, method, s).name) in found])
                 for b in (1, 2, 4)
@@ -236,7 +287,8 @@ def main() -> None:
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() and not trial else {}
     wanted = [run for run in runs() if all(word.strip() in run.name for word in options.only.split(","))]
     for run in track([run for run in wanted if run.name not in found], description="networks"):
-        found[run.name] = result_of(run, options.data, options.steps)
+        measure = peer_result_of if run.method == PEER else result_of
+        found[run.name] = measure(run, options.data, options.steps)
         print(run.name, found[run.name], flush=True)
         if not trial:
             RESULTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")

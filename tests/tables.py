@@ -54,13 +54,22 @@ HARD = {
     "zeros": px.keep_zeros(px.kmeans(2)),
     "sparse": px.keep_zeros(px.kmeans(2), sparse=True),
     "by_path": px.by_path([("^a$", px.kmeans(2)), ("b/0", None), ("b", px.uniform(1))]),
+    "straight through": px.straight_through(2, weight_threshold=0),
+    "straight through rows": px.straight_through(2, weight_threshold=0, granularity=ROWS),
+    "straight through int8 lut": px.straight_through(2, weight_threshold=0, lut_dtype="int8"),
+    "straight through vectors": px.straight_through(2, weight_threshold=0, granularity=PAIRS, key=KEY),
 }
 
 NEEDS_VALUES = {"unique"}
 """Rows that choose a storage by the values: eager only."""
 
-INEXACT = {"custom", "int8 lut", "int8 lut vectors", "uint8 lut rows", "float8 lut", "int8 lut channel scale"}
+INEXACT = {"custom", "int8 lut", "int8 lut vectors", "uint8 lut rows", "float8 lut", "int8 lut channel scale",
+           "straight through int8 lut"}  # fmt: skip
 """Rows that may move weights of two values; those of -1 and 1 they keep."""
+
+ROUNDED = {name for name in HARD if "straight through" in name}
+"""Rows that follow the weights: their entries are means of cells, taken in floats, that come out next to the value that
+a cell is full of. What others keep bit for bit they keep to a rounding."""
 
 RESCALED = {name for name in HARD if "channel scale" in name or name == "int8 lut vectors"}
 """Rows that search for scales step by step: from their own result they may find a better one."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from palettax.clustering.attention import Points, Scalar, attention, step, sum_blocks
+from palettax.clustering.attention import Points, Scalar, attention, is_anchored, step, sum_blocks
 
 
 class Solution(NamedTuple):
@@ -49,8 +50,10 @@ class Implicit:
 
         dlut = (I - ∂step/∂lut)⁻¹ ∂step/∂weights · dweights
 
-    by one solve of the size of the table. Where that matrix has no inverse, as where two entries are about to become
-    one, the gradient is that of `OneStep`.
+    by products of matrices of the size of the table. Where steps do not contract, so that there is no fixed point to
+    speak of, as where two entries are about to become one, the gradient is that of `OneStep`. Where `max_steps` end the
+    iteration before the fixed point, it is the gradient of a fixed point nearby. First derivatives only: the matrix is
+    a constant to a second one.
 
     References:
         Jaffe et al., "IDKM: memory efficient neural network quantization via implicit, differentiable k-means",
@@ -69,7 +72,8 @@ class Implicit:
 class OneStep:
     """Differentiate the last step alone, as if the table before it were a constant.
 
-    The first term of `Implicit`'s series, and all of it as the temperature falls: then ∂step/∂lut vanishes.
+    The first term of `Implicit`'s series, and all of it when it is so cold that no weight is shared: then ∂step/∂lut
+    vanishes. First derivatives only: a second one would be of the last step too.
 
     References:
         Fung et al., "JFB: Jacobian-free backpropagation for implicit networks", arXiv 2103.12803.
@@ -78,14 +82,18 @@ class OneStep:
     def solve(
         self, points: Points, lut: Float[jax.Array, "k d"], temperature: Scalar, max_steps: int, tol: float | Scalar
     ) -> Solution:
-        """Step until nothing moves by more than `tol`, and once more."""
-        found = _fixed_point(points, lut, temperature, max_steps, tol)
-        return found._replace(lut=step(points, found.lut, temperature))
+        """Step until nothing moves by more than `tol`; the last step is the one that is differentiated."""
+        before = _fixed_point(points, lut, temperature, max_steps - 1, tol)
+        last = step(points, before.lut, temperature)
+        return Solution(last, before.num_steps + 1, abs(last - before.lut).max() <= tol)
 
 
 Adjoint = Unrolled | Implicit | OneStep
 
 IMPLICIT = Implicit()
+
+DOUBLINGS = 12
+"""Of the number of terms of a series: steps that leave more than 0.998 of a distance do not count as contracting."""
 
 
 def _fixed_point(
@@ -112,13 +120,22 @@ def _with_implicit_gradient(lut: jax.Array, points: Points, temperature: jax.Arr
 
 @_with_implicit_gradient.defjvp
 def _implicit_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    lut, *rest = primals
-    _, moved = jax.jvp(lambda p, t: step(p, lut, t), tuple(rest), tuple(tangents[1:]))
-    inverse = jnp.linalg.inv(
-        jnp.eye(lut.size, dtype=lut.dtype) - step_jacobian(*jax.lax.stop_gradient((rest[0], lut, rest[1])))
-    )
-    inverse = jnp.where(jnp.isfinite(inverse).all(), inverse, jnp.eye(lut.size, dtype=lut.dtype))
-    return lut, jnp.matmul(inverse, moved.reshape(-1), precision="highest").reshape(lut.shape)
+    lut, points, temperature = primals
+    _, moved = jax.jvp(lambda p, t: step(p, lut, t), (points, temperature), tangents[1:])
+    jacobian = step_jacobian(points, lut, temperature)
+    return lut, jnp.matmul(_inverse(jacobian), moved.reshape(-1), precision="highest").reshape(lut.shape)
+
+
+def _inverse(jacobian: Float[jax.Array, "m m"]) -> Float[jax.Array, "m m"]:
+    """(I - jacobian)⁻¹ = I + jacobian + jacobian² + …, if that converges; else I."""
+    one, product = jnp.eye(jacobian.shape[0], dtype=jacobian.dtype), partial(jnp.matmul, precision="highest")
+
+    def double(_: int | jax.Array, state: tuple) -> tuple:
+        total, power = state
+        return total + product(power, total), product(power, power)
+
+    total, power = jax.lax.fori_loop(0, DOUBLINGS, double, (one, jacobian))
+    return jnp.where(abs(power).max() < 1e-3, total, one)
 
 
 def step_jacobian(points: Points, lut: Float[jax.Array, "k d"], temperature: Scalar) -> Float[jax.Array, "kd kd"]:
@@ -128,17 +145,19 @@ def step_jacobian(points: Points, lut: Float[jax.Array, "k d"], temperature: Sca
 
     def of_block(block: Points) -> tuple[jax.Array, jax.Array, jax.Array]:
         share, gaps = attention(block, lut, temperature)
-        rates = [2 / temperature * gap * (1 if block.metric is None else block.metric[e]) for e, gap in enumerate(gaps)]
-        pulls = [
-            m * share * (x - new[:, e, None]) for e, (m, x) in enumerate(zip(block.mass, block.places, strict=True))
-        ]
+        metric = [1.0] * d if block.metric is None else list(block.metric)
+        rates = [2 / temperature * m * gap for m, gap in zip(metric, gaps, strict=True)]
+        pulls = [m * share * (x - c[:, None]) for m, x, c in zip(block.mass, block.places, new.T, strict=True)]
         attracted = jnp.stack([(share * m).sum(axis=1) for m in block.mass], axis=1)
-        own = jnp.stack([jnp.stack([(p * r).sum(axis=1) for r in rates], axis=1) for p in pulls], axis=1)  # (k, d, d)
+        # A weight that is all an entry's own does not move it: 1 - 1 is exactly 0, large sums would not be.
+        lent = [p * (1 - share) for p in pulls]
+        own = jnp.stack([jnp.stack([(p * r).sum(axis=1) for r in rates], axis=1) for p in lent], axis=1)  # (k, d, d)
         left, right = jnp.stack(pulls, axis=1).reshape(k * d, -1), jnp.stack([share * r for r in rates], axis=1)
         cross = jnp.matmul(left, right.reshape(k * d, -1).T, precision="highest")
         return attracted, own, cross
 
     attracted, own, cross = sum_blocks(of_block, points, k)
-    same = jnp.einsum("jde,jl->jdle", own, jnp.eye(k, dtype=lut.dtype)).reshape(k * d, k * d)
-    used = (attracted > 1e-30 * points.mass.sum()).reshape(-1, 1)
-    return jnp.where(used, (same - cross) / jnp.where(used, attracted.reshape(-1, 1), 1), 0)
+    one = jnp.eye(k, dtype=bool)[:, None, :, None]
+    change = jnp.where(one, own[:, :, None, :], -cross.reshape(k, d, k, d)).reshape(k * d, k * d)
+    used = ((attracted > 1e-30 * points.mass.sum()) & ~is_anchored(points, new)).reshape(-1, 1)
+    return jnp.where(used, change / jnp.where(used, attracted.reshape(-1, 1), 1), 0)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Float, Int
 
 from palettax.clustering.attention import Points, Scalar, cumulants_at
@@ -98,7 +97,8 @@ def bucketed(
         weights, mass = chunk
         code, gap = grid.buckets_of(place(weights))
         own = jnp.ones_like(gap) if mass is None else mass.astype(gap.dtype)
-        return tuple(t.at[code].add(v) for t, v in zip(total, (own, own * gap, own * gap**2), strict=True)), None
+        # Each chunk by itself: a float that counts one by one stops at 2^24.
+        return tuple(t + zero.at[code].add(v) for t, v in zip(total, (own, own * gap, own * gap**2), strict=True)), None
 
     zero = jnp.zeros_like(middles)
     (heavy, first, second), _ = jax.lax.scan(jax.checkpoint(collect), (zero,) * 3, _chunks(weights, mass))
@@ -111,18 +111,28 @@ def interpolated(
     weights: Float[jax.Array, " n"],
     lut: Float[jax.Array, " k"],
     temperature: Scalar,
+    table: Float[jax.Array, " k"],
     place: Callable[[jax.Array], jax.Array],
-    back: Callable[[jax.Array, np.dtype], jax.Array],
+    unit: Scalar,
 ) -> Float[jax.Array, " n"]:
-    """`back` of Σ attention · entry at every weight, from value and derivatives in the middle of its bucket."""
+    """Σ attention · entry at every weight, from its value and derivatives in the middle of the bucket.
+
+    Args:
+        weights: as they are given.
+        lut: whose attention it is.
+        temperature: of it.
+        table: the lut in the units of the weights.
+        place: what is clustered for a weight.
+        unit: how much of a weight is one step in place.
+    """
     grid = Grid.of(lut, weights, place)
-    tables = cumulants_at(grid.middles(), lut, temperature)
+    tables = cumulants_at(grid.middles(), lut, temperature, table)
 
     @jax.checkpoint
     def read(chunk: tuple) -> jax.Array:
         code, gap = grid.buckets_of(place(chunk[0]))
         value, slope, bend = (table[code] for table in tables)
-        return back(value + gap * (slope + gap * bend / 2), weights.dtype)
+        return (value + unit * gap * (slope + gap * bend / 2)).astype(weights.dtype)
 
     return jax.lax.map(read, _chunks(weights, None)).reshape(-1)[: weights.size]
 

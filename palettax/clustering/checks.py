@@ -75,7 +75,7 @@ def check_finite(weights: Array) -> None:
 
 
 def check_sensitivity(sensitivity: Array | None, weights: Any, *, infinite: bool = False) -> None:
-    """Refuse a sensitivity that is not one number ≥ 0 per weight, finite unless `infinite` marks are expected."""
+    """Refuse a sensitivity that is not one finite number ≥ 0 per weight; `infinite` ones may be at weights of zero."""
     if sensitivity is None:
         return
     if not hasattr(sensitivity, "shape") or tuple(sensitivity.shape) != tuple(weights.shape):
@@ -87,7 +87,10 @@ def check_sensitivity(sensitivity: Array | None, weights: Any, *, infinite: bool
         return
     values = np.asarray(sensitivity)
     values = values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
-    bad = int((np.isnan(values) if infinite else ~np.isfinite(values)).sum())
+    bad = ~np.isfinite(values)
+    if infinite:
+        bad &= ~(np.isposinf(values) & (is_traced(weights) or np.asarray(weights) == 0))
+    bad = int(bad.sum())
     negative = int((values < 0).sum())
     if bad or negative:
         raise ValueError(

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from palettax._typing import Array, is_traced
 from palettax.clustering.adjoints import IMPLICIT, Adjoint
-from palettax.clustering.attention import BLOCK, Points, Scalar, values_at
+from palettax.clustering.attention import BLOCK, Points, Scalar, anchored, coldest, values_at
 from palettax.clustering.buckets import BUCKETS, bucketed, interpolated
 from palettax.clustering.checks import (
     check_finite,
@@ -26,10 +26,10 @@ from palettax.clustering.checks import (
     vectors_of,
 )
 from palettax.clustering.repair import repaired
-from palettax.clustering.seeding import unit_of, unscaled
+from palettax.clustering.seeding import unit_of
 
-COLDEST = 1e-12
-"""The least temperature, in squared widths of a cell: one nearer to zero changes nothing that floats resolve."""
+SOLVED = "palettax table"
+HOTTEST = 1e18
 
 
 class SoftFit(NamedTuple):
@@ -67,9 +67,12 @@ def soft_kmeans_lut(
         step(lut)[j] = Σ_i sensitivity[i] · attention[i, j] · weight[i] / Σ_i sensitivity[i] · attention[i, j]
         values[i] = Σ_j attention[i, j] · lut[j]
 
-    with the attention of the lut at which the steps end. τ is `temperature` times the variance of the weights (weighted
-    by sensitivity) times k^(-2 / vector_size): about the squared error that k entries can reach, so that weights times
-    a number give a lut and values times it. At 0 every weight takes its nearest entry, and a step is one of Lloyd's.
+    with the attention of the lut at which the steps end. (The squares of a vector are weighted by sensitivity over its
+    mean in the vector, so that the nearest entry is that of least error.) τ is `temperature` times the variance of the
+    weights (weighted by sensitivity) times k^(-2 / vector_size): about the squared error that k entries can reach, so
+    that weights times a number give a lut and values times it. At 0 every weight takes its nearest entry, and a step is
+    one of Lloyd's. From about 5 on entries begin to merge. A few weights far out widen the spread of all: give them a
+    table of their own.
 
     Memory does not grow with k or with the number of steps. More than 65,536 scalars are counted in as many buckets,
     finest where attention turns from one entry to the next; sums over a bucket are right to second order in its width,
@@ -114,8 +117,10 @@ def soft_kmeans_lut(
     check_finite(weights)
     check_sensitivity(sensitivity, weights)
     check_temperature(temperature)
-    if lut.ndim not in (1, 2) or not 1 <= lut.shape[0] <= 256:
-        raise ValueError(f"lut is {lut.shape}; give (k,), or (k, vector_size), with k from 1 to 256")
+    if not hasattr(lut, "ndim") or lut.ndim not in (1, 2) or not 1 <= lut.shape[0] <= 256:
+        raise ValueError(
+            f"lut is {getattr(lut, 'shape', type(lut).__name__)}; give (k,), or (k, vector_size), with k from 1 to 256"
+        )
     size = 1 if lut.ndim == 1 else lut.shape[1]
     rows, mass = (
         None if a is None else jnp.asarray(a if lut.ndim == 1 else vectors_of(a, size)).reshape(-1, size)
@@ -135,7 +140,7 @@ class Way:
         max_steps: steps at most.
         relative: whether the temperature is relative to the spread of the weights.
         repair: whether entries that say nothing are moved before the first step.
-        finish: what becomes of the table between the steps and the values, given what of `finish_with` is the group's.
+        finish: what becomes of the table between the steps and the values, given whether an entry is to be zero.
     """
 
     adjoint: Adjoint = IMPLICIT
@@ -154,8 +159,11 @@ class Way:
 
 def check_temperature(temperature: Any) -> None:
     """Refuse a temperature below zero, when it is known."""
-    if not is_traced(temperature) and not np.asarray(temperature) >= 0:
-        raise ValueError(f"temperature={temperature}; it must be ≥ 0")
+    if is_traced(temperature) and temperature.ndim == 0:
+        return
+    known = np.asarray(temperature) if not is_traced(temperature) else None
+    if known is None or known.ndim or known.dtype.kind not in "fiu" or not known >= 0:
+        raise ValueError(f"temperature={temperature}; it must be one number ≥ 0")
 
 
 @partial(jax.jit, static_argnames="way")
@@ -165,28 +173,23 @@ def soft_groups(
     temperature: float | Scalar,
     tol: float | Scalar,
     sensitivity: Float[Array, "groups n d"] | None = None,
-    finish_with: Any = None,
+    anchor: Bool[Array, " groups"] | None = None,
     *,
     way: Way,
 ) -> SoftFit:
-    """`soft_kmeans_lut` of every group, as many at a time as fit in a block; fields get a leading axis.
-
-    For the derivative of a group its table is kept, and the rest computed again.
-    """
+    """`soft_kmeans_lut` of every group, as many at a time as fit in a block; fields get a leading axis."""
     (groups, n, _), k = weights.shape, lut.shape[1]
 
-    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(SOLVED))
     def fit(group: tuple) -> SoftFit:
-        weights, lut, sensitivity, finish_with = group
-        return soft_row(weights, lut, temperature, tol, sensitivity, finish_with, way=way)
+        weights, lut, sensitivity, anchor = group
+        return soft_row(weights, lut, temperature, tol, sensitivity, anchor, way=way)
 
-    every = weights, lut, sensitivity, finish_with
+    every = weights, lut, sensitivity, anchor
     if groups == 1:  # compiles faster than a loop over one
         return jax.tree.map(lambda a: a[None], fit(jax.tree.map(lambda a: a[0], every)))
+    # For the derivative of a group its table is kept, and the rest computed again.
+    fit = jax.checkpoint(fit, policy=jax.checkpoint_policies.save_only_these_names(SOLVED))
     return jax.lax.map(fit, every, batch_size=min(max(BLOCK // (n * k), 1), groups))
-
-
-SOLVED = "palettax table"
 
 
 @partial(jax.jit, static_argnames="way")
@@ -196,11 +199,11 @@ def soft_row(
     temperature: float | Scalar,
     tol: float | Scalar,
     sensitivity: Float[jax.Array, "n d"] | None = None,
-    finish_with: Any = None,
+    anchor: Bool[Array, ""] | None = None,
     *,
     way: Way,
 ) -> SoftFit:
-    """`soft_kmeans_lut` of one group, scalars being vectors of one."""
+    """`soft_kmeans_lut` of one group, scalars being vectors of one; `anchor`: whether an entry stays at zero."""
     (n, d), k, dtype = weights.shape, lut.shape[0], lut_dtype(weights)
     rows = weights.T
     mass = None if sensitivity is None else _mass(sensitivity.T.astype(dtype))
@@ -212,11 +215,12 @@ def soft_row(
     width = jnp.sqrt(jnp.where(fixed > 0, fixed, 1)) * k ** (-1 / d)
     width = jnp.where(jnp.isfinite(fixed), width, jnp.nan)  # and with it all that is computed
     frame = Frame(size, middle, width)
+    temperature = jnp.minimum(jnp.asarray(temperature, dtype), HOTTEST)
     if way.relative:
         temperature = temperature * jnp.where(fixed > 0, variance / jnp.where(fixed > 0, fixed, 1), 1)
     else:
         temperature = temperature * (size / width) * (size / width)
-    temperature = jnp.maximum(jnp.asarray(temperature, dtype), COLDEST)
+    temperature = jnp.clip(temperature, coldest(dtype), HOTTEST)
 
     buckets = d == 1 and n > BUCKETS
     start = frame.place(lut.T).T
@@ -225,19 +229,28 @@ def soft_row(
         points = bucketed(rows[0], None if mass is None else mass[0], start[:, 0], line.place)
     else:
         ones = jnp.ones(rows.shape, dtype) if mass is None else mass
-        metric = None if mass is None or d == 1 else mass / jnp.where(mass.any(axis=0), mass.mean(axis=0), 1)
+        metric = None
+        if mass is not None and d > 1:
+            counts = mass.any(axis=0)
+            metric = jnp.where(counts, mass / jnp.where(counts, mass.mean(axis=0), 1), 1)
         points = Points(frame.place(rows), ones, metric)
+    if anchor is not None:
+        points = points._replace(anchor=jnp.where(anchor, frame.place(jnp.zeros((1, 1), dtype))[0, 0], jnp.nan))
     if way.repair:
-        start = jax.lax.stop_gradient(repaired(points, start, temperature))
-    table, num_steps, converged = way.adjoint.solve(points, start, temperature, way.max_steps, tol)
-    entries = checkpoint_name(table, SOLVED)
+        start = repaired(points, start, temperature)
+    start = anchored(points, start)
+    entries, num_steps, converged = way.adjoint.solve(points, start, temperature, way.max_steps, tol)
+    entries = checkpoint_name(entries, SOLVED)
     table = frame.back(entries.T, dtype).T
+    read = table  # what values are read from
     if way.finish is not None:
-        entries = frame.place(jnp.asarray(way.finish(table, finish_with)).T).T
+        read = jnp.asarray(way.finish(table, anchor))
+        entries = frame.place(read.T).T
     if buckets:
-        values = interpolated(rows[0], entries[:, 0], temperature, line.place, line.back)[None]
+        unit = frame.width / frame.size
+        values = interpolated(rows[0], entries[:, 0], temperature, read[:, 0], line.place, unit)[None]
     else:
-        values = frame.back(values_at(points, entries, temperature), weights.dtype)
+        values = values_at(points, entries, temperature, read).astype(weights.dtype)
     return SoftFit(table, values.T, num_steps, converged)
 
 
@@ -257,13 +270,15 @@ class Frame(NamedTuple):
 
     def back(self, places: Float[jax.Array, "*shape"], dtype: np.dtype) -> Float[jax.Array, "*shape"]:
         """From places to weights."""
-        return unscaled(places * self.width + self.middle, self.size).astype(dtype)
+        return ((places * self.width + self.middle) / self.size).astype(dtype)
 
 
 def _mass(sensitivity: Float[jax.Array, "d n"]) -> Float[jax.Array, "d n"]:
-    """Sensitivities up to one; ones if all are zero."""
+    """Sensitivities up to one; ones if all are zero, NaN if one is negative, infinite or NaN."""
     largest = jax.lax.stop_gradient(sensitivity.max())
-    return jnp.where(largest > 0, jnp.abs(sensitivity) / jnp.where(largest > 0, largest, 1), 1)
+    sound = (sensitivity >= 0).all() & (largest < jnp.inf)
+    share = jnp.where(largest > 0, jnp.abs(sensitivity) / jnp.where(largest > 0, largest, 1), 1)
+    return jnp.where(sound, share, jnp.nan)
 
 
 def _mean(values: Float[jax.Array, "d n"], mass: Float[jax.Array, "d n"] | None, axis: int | None) -> jax.Array:

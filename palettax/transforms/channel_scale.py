@@ -13,7 +13,7 @@ import numpy as np
 from palettax._typing import Array, Tree, is_traced
 from palettax.clustering.checks import as_host, float64_stays
 from palettax.leaf import PalettizedArray, channel_axes, depalettize, is_palettized, multiply_scales
-from palettax.transforms.base import PaletteTransformation, is_stateful, map_leaves, shared
+from palettax.transforms.base import PaletteTransformation, is_stateful, map_leaves, shared, with_gradient_of
 from palettax.transforms.elements import hidden_elements, numpy_of
 from palettax.transforms.wrapping import dense_on_host, is_weight, positive, scaled_mass, stored, wrapped
 
@@ -92,14 +92,19 @@ def with_channel_scale(
         dense = dense_on_host(params)
         return inner.init(map_leaves(_divided, dense, map_leaves(lambda name, w: first_scale(name, w, None), dense)))
 
+    def rescaled(name: str, values: Any, divided: Any, scale: Array, weights: Any) -> Any:
+        if scale.size == 1:
+            return values
+        # What passed through as it was is to be as it was: division and product would round.
+        return with_gradient_of(jnp.where(values == divided, weights, values * scale), values * scale)
+
     def train(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> tuple[Tree, Tree]:
         dense, sensitivity = depalettize(params), shared(params, sensitivity)
         scale = jax.lax.stop_gradient(map_leaves(first_scale, dense, sensitivity))
         mass = map_leaves(scaled_mass, dense, sensitivity, scale)
-        values, state = inner.update(map_leaves(_divided, dense, scale), state, sensitivity=mass)
-        return map_leaves(
-            lambda name, v, s, w: w if v is w else v if s.size == 1 else v * s, values, scale, dense
-        ), state
+        divided = map_leaves(_divided, dense, scale)
+        values, state = inner.update(divided, state, sensitivity=mass)
+        return map_leaves(rescaled, values, divided, scale, dense), state
 
     def finalize(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> Tree:
         dense, sensitivity = dense_on_host(params), shared(params, sensitivity)
@@ -158,6 +163,7 @@ def _wide(values: Array, weights: Array, sensitivity: Array | None) -> tuple[Arr
     xp = numpy_of(values, weights, sensitivity)
     dtype = np.float64 if xp is np else jnp.promote_types(weights.dtype, jnp.float32)
     mass = xp.ones((1,) * weights.ndim, dtype) if sensitivity is None else xp.asarray(sensitivity).astype(dtype)
+    mass = xp.where(xp.isinf(mass), mass.dtype.type(0), mass)  # of zeros, which will be zero
     values, weights = (xp.asarray(a).astype(dtype) for a in (values, weights))
     return values, xp.where(mass > 0, weights, values), mass
 

@@ -44,9 +44,10 @@ def dkm(
 
     Args:
         nbits: 1, 2, 3, 4, 6 or 8.
-        temperature: how soft, ≥ 0, as in `soft_kmeans_lut`: 1 touches the weights between cells, 10 most of them, and
-            0 is hard, without a gradient but by the means of the cells. A number, or any function of the count of
-            updates: `optax.linear_schedule(10, 0, 1000)` anneals to hard.
+        temperature: how soft, ≥ 0, as in `soft_kmeans_lut`: 1 touches the weights between cells, 5 most of them, and 0
+            is hard, without a gradient but by the means of the cells. The colder, the fewer weights have a gradient,
+            and the larger those are: clip them below 0.1. A number, or any function of the count of updates (of
+            batches, when gradients are accumulated): `optax.linear_schedule(3, 0.1, 1000)` anneals.
         relative: whether it is relative to the spread of each group; False: it is in squared weights.
         granularity: which weights share a table, and how many share an index.
         milestone: the update from which on there are tables; the ones before it leave all weights as they are.
@@ -64,7 +65,7 @@ def dkm(
     Example:
         >>> import jax, optax, palettax as px
         >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}
-        >>> palette = px.dkm(nbits=2, temperature=optax.linear_schedule(5.0, 0.0, 1000))
+        >>> palette = px.dkm(nbits=2, temperature=optax.linear_schedule(3.0, 0.1, 1000))
         >>> state = palette.init(params)
         >>> def loss(params, state):
         ...     soft, state = palette.update(params, state)

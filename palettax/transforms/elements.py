@@ -25,7 +25,7 @@ def is_element_mask(mask: Any) -> bool:
 
 def hide_elements(sensitivity: Array | None, weights: Any, mask: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Sensitivities with the mark of a hidden element where the mask is False."""
-    check_sensitivity(sensitivity, weights)
+    check_sensitivity(sensitivity, weights, infinite=True)
     if mask.shape != weights.shape or mask.dtype != np.bool_:
         raise ValueError(f"mask is {mask.dtype}{mask.shape}; give one bool for the leaf, or one for each element")
     xp = numpy_of(mask, sensitivity)
@@ -37,6 +37,21 @@ def hide_elements(sensitivity: Array | None, weights: Any, mask: Bool[Array, "*s
 def hidden_elements(sensitivity: Array) -> Bool[Array, ...]:
     """Where sensitivities carry the mark."""
     return (sensitivity == 0) & numpy_of(sensitivity).signbit(sensitivity)
+
+
+def finite_mass(mass: Array) -> Array:
+    """Sensitivities of which infinite ones are as good as that: an entry settles there.
+
+    They are of zeros that are to have an entry; its last bits are set afterwards.
+    """
+    xp = numpy_of(mass)
+    endless = xp.isinf(mass)
+    if not is_traced(endless) and not endless.any():
+        return mass
+    finite = xp.where(endless, mass.dtype.type(0), mass)
+    total = finite.sum()
+    share = finite / xp.where(total > 0, total, mass.dtype.type(1))
+    return xp.where(endless.any(), xp.where(endless, mass.dtype.type(2.0**20), share), mass)
 
 
 def fill_hidden(rows: Float[Array, "groups n"], hidden: Any) -> Float[Array, "groups n"]:

@@ -28,7 +28,7 @@ from palettax.clustering.kmeans import kmeans_groups
 from palettax.clustering.unique import nbits_for, smallest_nbits
 from palettax.leaf import PER_TENSOR, Granularity, PalettizedArray, depalettize, merge_blocks, split_blocks
 from palettax.transforms.base import PaletteTransformation, map_leaves, placed_like, shared
-from palettax.transforms.elements import fill_hidden, hidden_elements
+from palettax.transforms.elements import fill_hidden, finite_mass, hidden_elements
 
 GroupFit = Callable[[Array, Array | None, PRNGKey | None], LutFit]
 """Fits the rows of (groups, n) weights, or (groups, m, d) vectors, with sensitivities of that shape or None and the
@@ -190,7 +190,7 @@ def _hard(
     @float64_stays
     def fit_leaf(name: str, weights: Array, sensitivity: Array | None) -> tuple[PalettizedArray, Any]:
         check_weights(weights)
-        check_sensitivity(sensitivity, weights)
+        check_sensitivity(sensitivity, weights, infinite=True)
         cut = Cut.of(granularity, name, tuple(weights.shape))
         rows, mass = cut.rows(as_host(weights)), None if sensitivity is None else cut.rows(as_host(sensitivity))
         hidden = None if mass is None or granularity.vector_size > 1 else hidden_elements(mass)
@@ -198,6 +198,7 @@ def _hard(
             hidden = None
         visible = rows if hidden is None else fill_hidden(rows, hidden)
         check_finite(visible)
+        mass = None if mass is None else finite_mass(mass)
         result = fit(visible, mass, key_of(key, name))
         if hidden is not None:
             own = assign_groups(rows, result.lut, None)

@@ -14,7 +14,7 @@ from palettax.clustering.level_vectors import quantized_vectors
 from palettax.clustering.levels import level_values, quantized_lut
 from palettax.leaf import is_palettized, merge_blocks, multiply_scales, split_blocks
 from palettax.transforms.base import PaletteTransformation, map_leaves, shared
-from palettax.transforms.elements import fill_hidden, hidden_elements, hide_elements
+from palettax.transforms.elements import fill_hidden, hidden_elements, hide_elements, numpy_of
 from palettax.transforms.wrapping import dense_on_host, pin_zero, positive, scaled_mass, spread, stored, wrapped
 
 
@@ -26,6 +26,9 @@ def quantize_lut(inner: PaletteTransformation, dtype: Any) -> PaletteTransformat
     The levels are chosen among all that the dtype holds, not rounded to: for scalars the table of a group is optimal
     for its step, for vectors every entry for its cell. Indices are found anew. The step of a table becomes its block of
     the leaf's `scale`.
+
+    Around a transform that trains, `finalize` alone makes narrow tables, and fits them anew; `dkm(lut_dtype=...)`
+    trains and stores rounded ones.
 
     Args:
         inner: the transform that makes the tables. An entry that is zero stays zero. Leaves that the inner transform
@@ -53,7 +56,10 @@ def quantize_lut(inner: PaletteTransformation, dtype: Any) -> PaletteTransformat
             return leaf
         if leaf.lut.dtype != leaf.dtype:
             raise ValueError(f"the table is of {leaf.lut.dtype} already; quantize_lut takes tables of floats")
-        check_sensitivity(sensitivity, weights)
+        check_sensitivity(sensitivity, weights, infinite=True)
+        if sensitivity is not None:  # an entry is zero already where that is asked for
+            xp = numpy_of(sensitivity)
+            sensitivity = xp.where(xp.isinf(sensitivity), sensitivity.dtype.type(-0.0), sensitivity)
         holds_zero = (leaf.lut == 0).all(axis=-1).any(axis=-1)
         if leaf.mask is not None:
             sensitivity = hide_elements(sensitivity, weights, leaf.mask)

@@ -12,13 +12,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from palettax._paths import leaf_names
-from palettax._typing import Array, PRNGKey, Tree
+from palettax._typing import Array, PRNGKey, Tree, is_traced
 from palettax.clustering.assignment import assign_groups
 from palettax.clustering.checks import (
     check_finite,
     check_sensitivity,
     check_weights,
     float64_stays,
+    lut_dtype,
     resolve_method,
 )
 from palettax.clustering.kmeans import kmeans_groups
@@ -26,7 +27,7 @@ from palettax.clustering.rounding import Rounding
 from palettax.clustering.soft import SoftFit, Way, soft_groups
 from palettax.leaf import Granularity, PalettizedArray, depalettize, level_numbers, merge_blocks
 from palettax.transforms.base import PaletteTransformation, is_node, map_leaves, placed_like, shared, with_gradient_of
-from palettax.transforms.elements import fill_hidden, hidden_elements
+from palettax.transforms.elements import hidden_elements
 from palettax.transforms.hard import Cut, key_of
 
 Temperature = float | Float[Array, ""] | Callable[[Any], Any]
@@ -39,7 +40,8 @@ class DkmState(NamedTuple):
     Attributes:
         count: updates so far.
         luts: (*groups, k, vector) for every leaf that has a table; float32, or float64 for float64 weights.
-        skipped: updates in which the leaf held NaN or infinities: its weights passed through, its table stayed.
+        skipped: updates in which the leaf, or its sensitivities, held NaN or infinities: its weights passed through,
+            its table stayed.
     """
 
     count: Int[Array, ""]
@@ -125,21 +127,24 @@ def following(how: Following) -> PaletteTransformation:
         return jnp.asarray(lut).reshape(-1, 2**how.nbits, leaf.cut.vector_size)
 
     def solve(name: str, leaf: _Leaf, lut: Array, count: Array) -> tuple[SoftFit, Rounding]:
-        """Tables, ascending, and soft values."""
+        """Tables and soft values."""
+        wanted = (*leaf.cut.groups, 2**how.nbits, leaf.cut.vector_size)
+        if lut.shape != wanted:
+            raise ValueError(f"the state has a table of {lut.shape} for it, not {wanted}; make one by init(params)")
         flat = lut.reshape(-1, *lut.shape[-2:])
         if how.milestone:
-            flat = jax.lax.cond(count <= how.milestone, lambda: first_lut(name, leaf).astype(flat.dtype), lambda: flat)
+            flat = _choose(count <= how.milestone, lambda: first_lut(name, leaf).astype(lut.dtype), lambda: flat)
         rounding = Rounding(how.lut_dtype, np.dtype(leaf.rows.dtype))
         as_is = how.lut_dtype is None and leaf.zero is None
         way = how.way if as_is else dataclasses.replace(how.way, finish=rounding)
         start, temperature = jax.lax.stop_gradient(flat), how.temperature(count)
         fit = soft_groups(leaf.rows, start, temperature, how.tol, leaf.mass, leaf.zero, way=way)
-        return fit._replace(lut=_ascending(jax.lax.stop_gradient(fit.lut))), rounding
+        return fit._replace(lut=jax.lax.stop_gradient(fit.lut)), rounding
 
     def store(leaf: _Leaf, lut: Array, rounding: Rounding) -> PalettizedArray:
         """Every weight at its nearest entry."""
         cut, (rows, mass) = leaf.cut, leaf.as_they_are()
-        levels, step = jax.vmap(rounding.stored)(jnp.asarray(lut), leaf.zero)
+        levels, step = jax.vmap(rounding.stored)(_ascending(jnp.asarray(lut)), leaf.zero)
         entries = level_numbers(jnp, levels, rounding.step_dtype)
         entries = entries if step is None else entries * step[:, None, None]
         indices = assign_groups(rows, entries if cut.vector_size > 1 else entries[..., 0], mass)
@@ -156,13 +161,22 @@ def following(how: Following) -> PaletteTransformation:
     def init_leaf(name: str, weights: Array) -> Array:
         check_finite(weights)
         leaf = _seen(how.granularity, name, weights, None)
-        lut = first_lut(name, leaf)
+        if how.milestone:  # it will be made then
+            shape = leaf.rows.shape[0], 2**how.nbits, leaf.cut.vector_size
+            lut = jnp.zeros(shape, lut_dtype(weights))
+        else:
+            lut = first_lut(name, leaf)
         return lut.reshape(*leaf.cut.groups, *lut.shape[1:])
 
     @float64_stays
-    def update_leaf(name: str, weights: Array, sensitivity: Array | None, lut: Array, count: Array) -> _Result:
+    def update_leaf(
+        name: str, weights: Array, sensitivity: Array | None, lut: Array, count: Array
+    ) -> tuple[Array, Array, Array]:
+        """Values, the next table, and whether the leaf is skipped."""
         leaf = _seen(how.granularity, name, weights, sensitivity)
         sound = jnp.isfinite(leaf.rows).all()
+        if leaf.mass is not None:
+            sound &= jnp.isfinite(leaf.mass).all()
         leaf = leaf._replace(rows=jnp.where(sound, leaf.rows, 0))
         cut = leaf.cut
 
@@ -176,9 +190,10 @@ def following(how: Following) -> PaletteTransformation:
             return values, fit.lut.reshape(lut.shape)
 
         dense = jnp.asarray(weights), jnp.asarray(lut)
-        new = jax.lax.cond(count < how.milestone, lambda: dense, trained) if how.milestone else trained()
+        new = _choose(count < how.milestone, lambda: dense, trained) if how.milestone else trained()
+        sound &= jnp.isfinite(new[1]).all()
         values, table = (jnp.where(sound, a, b) for a, b in zip(new, dense, strict=True))
-        return _Result(values, table, ~sound)
+        return values, table, ~sound
 
     @float64_stays
     def store_leaf(name: str, weights: Array, sensitivity: Array | None, lut: Array, count: Array) -> PalettizedArray:
@@ -200,7 +215,7 @@ def following(how: Following) -> PaletteTransformation:
             weights = depalettize(leaf)
             if not has_table(weights):
                 return _Result(weights)
-            return update_leaf(name, weights, sensitivity, _lut_of(state, name), state.count)
+            return _Result(*update_leaf(name, weights, sensitivity, _lut_of(state, name), state.count))
 
         results = map_leaves(of_leaf, params, shared(params, sensitivity))
         bad = _by_name(results, "bad")
@@ -232,8 +247,15 @@ def _seen(granularity: Granularity, name: str, weights: Array, sensitivity: Arra
     if mass is not None:
         pinned = jnp.isinf(mass)
         zero, hidden = pinned.any(axis=1), pinned | hidden_elements(mass)
-        rows, mass = fill_hidden(rows, hidden), jnp.where(hidden, 0, mass)[..., None]
+        rows, mass = jnp.where(hidden, 0, rows), jnp.where(hidden, 0, mass)[..., None]
     return _Leaf(cut, rows[..., None], mass, zero)
+
+
+def _choose(condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+    """One of two; only it is computed, and nothing is compiled for that when the condition is known."""
+    if is_traced(condition):
+        return jax.lax.cond(condition, yes, no)
+    return yes() if condition else no()
 
 
 def _by_name(results: Tree, field: str) -> dict[str, Array]:
@@ -251,7 +273,7 @@ def _lut_of(state: DkmState, name: str) -> Array:
     return state.luts[name]
 
 
-def _ascending(lut: Float[Array, "groups k d"]) -> Float[Array, "groups k d"]:
+def _ascending(lut: Float[jax.Array, "groups k d"]) -> Float[jax.Array, "groups k d"]:
     """Tables in ascending order, those of vectors in lexicographic."""
     order = jnp.lexsort(jnp.moveaxis(lut, -1, 0)[::-1], axis=-1)
     return jnp.take_along_axis(lut, order[..., None], axis=1)

@@ -27,7 +27,6 @@ from palettax.transforms.base import (
     is_stateful,
     map_leaves,
     placed_like,
-    with_gradient_of,
 )
 from palettax.transforms.elements import numpy_of
 
@@ -45,18 +44,13 @@ def wrapped(
         inner: what it is around.
         finalize: what it stores.
         init: where its state starts; None for where the inner one does.
-        train: its update, if the inner transform follows weights in training. None: its values are those stored, with
-            the gradient of the inner update.
+        train: its update, if the inner transform follows weights in training; None for the inner update.
     """
 
     def update(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> tuple[Tree, Tree]:
-        if is_stateful(state) and train is not None:
-            return train(params, state, sensitivity=sensitivity)
-        values = depalettize(finalize(params, state, sensitivity=sensitivity))
-        if not is_stateful(state):
-            return values, state
-        soft, state = inner.update(params, state, sensitivity=sensitivity)
-        return map_leaves(lambda name, a, b: with_gradient_of(a, b) if is_weight(a) else a, values, soft), state
+        if is_stateful(state):
+            return (train or inner.update)(params, state, sensitivity=sensitivity)
+        return depalettize(finalize(params, state, sensitivity=sensitivity)), state
 
     return PaletteTransformation(init or inner.init, update, finalize)
 

@@ -10,7 +10,7 @@ import numpy as np
 from palettax._typing import Array, Tree
 from palettax.clustering.checks import float64_stays
 from palettax.leaf import depalettize, is_palettized, split_blocks
-from palettax.transforms.base import PaletteTransformation, is_stateful, map_leaves, shared
+from palettax.transforms.base import PaletteTransformation, map_leaves, shared
 from palettax.transforms.elements import hide_elements, keep_elements, numpy_of
 from palettax.transforms.wrapping import dense_on_host, is_weight, pin_zero, positive, spread, stored, wrapped
 
@@ -36,16 +36,8 @@ def keep_zeros(inner: PaletteTransformation, *, sparse: bool = False) -> Palette
         (True, False)
     """
 
-    def pinned(name: str, weights: Any, sensitivity: Array | None) -> Array | None:
-        if not is_weight(weights):
-            return sensitivity
-        # As good as infinite, so that an entry settles on zero; its last bits are set afterwards.
-        mass: Any = hide_elements(sensitivity, weights, weights != 0)
-        total = mass.sum()
-        return numpy_of(mass).where(weights != 0, mass / positive(total, total.dtype.type(1)), mass.dtype.type(2.0**20))
-
     def marked(name: str, weights: Any, sensitivity: Array | None) -> Array | None:
-        """For a transform that trains: infinite where an entry is to be zero."""
+        """Hidden zeros, or zeros of infinite cost: an entry is to be zero."""
         mass: Any = hidden(name, weights, sensitivity)
         if sparse or not is_weight(weights):
             return mass
@@ -70,14 +62,17 @@ def keep_zeros(inner: PaletteTransformation, *, sparse: bool = False) -> Palette
     def hidden(name: str, weights: Any, sensitivity: Array | None) -> Array | None:
         return hide_elements(sensitivity, weights, weights != 0) if is_weight(weights) else sensitivity
 
+    def still_zero(name: str, values: Any, weights: Any) -> Any:
+        return jnp.where(weights == 0, values.dtype.type(0), values) if is_weight(weights) else values
+
     def train(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> tuple[Tree, Tree]:
         dense = depalettize(params)
         values, state = inner.update(dense, state, sensitivity=map_leaves(marked, dense, shared(params, sensitivity)))
-        return map_leaves(lambda name, v, w: jnp.where(w == 0, w, v) if is_weight(w) else v, values, dense), state
+        return map_leaves(still_zero, values, dense), state
 
     def finalize(params: Tree, state: Tree, *, sensitivity: Tree | None = None) -> Tree:
         dense, sensitivity = dense_on_host(params), shared(params, sensitivity)
-        mass = map_leaves(marked if is_stateful(state) else hidden if sparse else pinned, dense, sensitivity)
+        mass = map_leaves(marked, dense, sensitivity)
         small = inner.finalize(dense, state, sensitivity=mass)
         return stored(params, map_leaves(leave_out if sparse else set_zero, small, dense))
 
