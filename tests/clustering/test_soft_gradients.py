@@ -47,7 +47,7 @@ CASES = {
 @given(
     seed=st.integers(0, 1000),
     temperature=st.floats(0.3, 30),
-    kind=st.sampled_from(["normal", "bimodal", "grid", "offset"]),
+    kind=st.sampled_from(["normal", "grid", "offset"]),
 )
 def test_unrolled_is_autodiff_of_the_steps(case, seed, temperature, kind):
     """To what the rounding of the weights moves the exact result by, through steps that amplify it, and to no less than
@@ -67,18 +67,15 @@ def test_unrolled_is_autodiff_of_the_steps(case, seed, temperature, kind):
     given = weights, lut, np.float32(temperature), sensitivity
 
     want = graded(reference, *given, wide=True, relative=relative)
-    check(
-        given, want, conditioning(*given, want, roundings=128, relative=relative), kind != "bimodal", relative=relative
-    )
+    check(given, want, conditioning(*given, want, roundings=512, relative=relative), relative=relative)
 
 
-def check(given, want, slack, narrow, **how):
-    """Unrolled in float64, and in float32 if `narrow`."""
+def check(given, want, slack, **how):
+    """Unrolled in float64 and in float32."""
     wide = graded(soft, *given, wide=True, adjoint=px.Unrolled(), **how)
     assert_close(wide, want, 1e-9, {name: 2.0**-29 * value for name, value in slack.items()})
-    if narrow:  # or else entries share a cluster and are about to part: which way is a matter of rounding
-        least = 1e-5 + 16 * EPS * abs(given[0].mean())  # values are as coarse as the weights
-        assert_close(graded(soft, *given, adjoint=px.Unrolled(), **how), want, least, slack)
+    least = 1e-5 + 16 * EPS * abs(given[0].mean())  # values are as coarse as the weights
+    assert_close(graded(soft, *given, adjoint=px.Unrolled(), **how), want, least, slack)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 30])
@@ -86,7 +83,7 @@ def test_unrolled_is_autodiff_of_the_steps_of_256_entries(temperature):
     weights, _, sensitivity = problem(n=300)
     given = weights, np.sort(weights)[:256], np.float32(temperature), sensitivity
     want = graded(reference, *given, wide=True)
-    check(given, want, conditioning(*given, want), True)
+    check(given, want, conditioning(*given, want))
 
 
 # --- Implicit is the derivative of the fixed point ------------------------------------------------------------------
