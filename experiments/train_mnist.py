@@ -7,7 +7,7 @@ the hard network that `finalize` gives, on the 10,000 held-out digits.
 
 Every run is added to `train_mnist.json` when it ends, and those that are there are not run again: the script can be
 stopped and started. Then it writes `train_mnist.md` and `train_mnist.png`. Needs `--data`, a folder of the four IDX
-files. All runs take about four hours on two cores; `--only every,2` runs what has those words in its name.
+files. All runs take hours on two cores; `--only every,2` runs what has those words in its name.
 """
 
 from __future__ import annotations

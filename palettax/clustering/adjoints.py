@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from palettax.clustering.attention import Points, Scalar, attention, is_anchored, step, sum_blocks
+from palettax.clustering.attention import Points, Scalar, attention, attracts, is_anchored, step, sum_blocks
 
 
 class Solution(NamedTuple):
@@ -159,5 +159,5 @@ def step_jacobian(points: Points, lut: Float[jax.Array, "k d"], temperature: Sca
     attracted, own, cross = sum_blocks(of_block, points, k)
     one = jnp.eye(k, dtype=bool)[:, None, :, None]
     change = jnp.where(one, own[:, :, None, :], -cross.reshape(k, d, k, d)).reshape(k * d, k * d)
-    used = ((attracted > 1e-30 * points.mass.sum()) & ~is_anchored(points, new)).reshape(-1, 1)
+    used = (attracts(points, attracted) & ~is_anchored(points, new)).reshape(-1, 1)
     return jnp.where(used, change / jnp.where(used, attracted.reshape(-1, 1), 1), 0)

@@ -95,6 +95,7 @@ def assign_groups(
     return jax.vmap(nearest_vectors, axes)(jnp.asarray(weights), sensitivity, jnp.asarray(lut))
 
 
+@jax.jit
 def nearest_vectors(
     vectors: Float[Array, "m d"], sensitivity: Float[Array, "m d"] | None, lut: Float[Array, "k d"]
 ) -> UInt8[jax.Array, " m"]:

@@ -125,10 +125,15 @@ def moments(points: Points, lut: Float[jax.Array, "k d"], temperature: Scalar) -
 def step(points: Points, lut: Float[jax.Array, "k d"], temperature: Scalar) -> Float[jax.Array, "k d"]:
     """One step of soft k-means: every entry moves to the mean of what it attracts; one that attracts nothing stays."""
     mass, shift = moments(points, lut, temperature)
-    used = mass > 1e-30 * points.mass.sum()
+    used = attracts(points, mass)
     # In units of the mass itself: the derivative of a quotient divides by a square, which small masses do not have.
     unit = jax.lax.stop_gradient(1 / jnp.where(used, mass, 1))
     return anchored(points, lut + jnp.where(used, shift * unit / jnp.where(used, mass * unit, 1), 0))
+
+
+def attracts(points: Points, mass: Float[jax.Array, "k d"]) -> Bool[jax.Array, "k d"]:
+    """Where the mass that entries attract is worth dividing by."""
+    return mass > 1e-30 * points.mass.sum()
 
 
 def is_anchored(points: Points, lut: Float[jax.Array, "k d"]) -> Bool[jax.Array, "k 1"]:

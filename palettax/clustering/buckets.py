@@ -131,7 +131,7 @@ def interpolated(
     @jax.checkpoint
     def read(chunk: tuple) -> jax.Array:
         code, gap = grid.buckets_of(place(chunk[0]))
-        value, slope, bend = (table[code] for table in tables)
+        value, slope, bend = (column[code] for column in tables)
         return (value + unit * gap * (slope + gap * bend / 2)).astype(weights.dtype)
 
     return jax.lax.map(read, _chunks(weights, None)).reshape(-1)[: weights.size]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from palettax.clustering.attention import Points, Scalar, attention, is_anchored, sum_blocks
+from palettax.clustering.attention import Points, Scalar, attention, attracts, is_anchored, sum_blocks
 
 SAME = 1e-6
 """Entries nearer than this, in widths of a cell, are one."""
@@ -30,7 +30,7 @@ def repaired(points: Points, lut: Float[jax.Array, "k d"], temperature: Scalar) 
 
     mass, error = sum_blocks(of_block, points, k)
     near = (abs(lut[:, None] - lut[None]) <= SAME).all(axis=-1)
-    spare = jnp.tril(near, -1).any(axis=1) | (mass <= 1e-30 * points.mass.sum()).all(axis=1)
+    spare = jnp.tril(near, -1).any(axis=1) | ~attracts(points, mass).any(axis=1)
     spare &= ~is_anchored(points, lut)[:, 0]
     cost = jnp.where(spare, 0, error.sum(axis=1))
     costliest = jnp.argsort(-cost)

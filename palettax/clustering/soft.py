@@ -30,6 +30,7 @@ from palettax.clustering.seeding import unit_of
 
 SOLVED = "palettax table"
 HOTTEST = 1e18
+"""The largest temperature, in squared widths of a cell: infinity has no derivative."""
 
 
 class SoftFit(NamedTuple):
@@ -75,8 +76,9 @@ def soft_kmeans_lut(
     table of their own.
 
     Memory does not grow with k or with the number of steps. More than 65,536 scalars are counted in as many buckets,
-    finest where attention turns from one entry to the next; sums over a bucket are right to second order in its width,
-    values to third. 65,536 or fewer, and vectors, are exact. Works under `jit`, `vmap` and `grad`; nothing is traced
+    finest where attention turns from one entry to the next; values and sums are right to second order in their width.
+    They lie about the lut at the start: a cold start far from where the steps end is less exact. 65,536 scalars or
+    fewer, and vectors, are exact. Works under `jit`, `vmap` and `grad`; nothing is traced
     anew when only the temperature changes.
 
     Args:
@@ -159,10 +161,8 @@ class Way:
 
 def check_temperature(temperature: Any) -> None:
     """Refuse a temperature below zero, when it is known."""
-    if is_traced(temperature) and temperature.ndim == 0:
-        return
-    known = np.asarray(temperature) if not is_traced(temperature) else None
-    if known is None or known.ndim or known.dtype.kind not in "fiu" or not known >= 0:
+    known = is_traced(temperature) or (np.asarray(temperature).dtype.kind in "fiu" and np.all(temperature >= 0))
+    if np.ndim(temperature) or not known:
         raise ValueError(f"temperature={temperature}; it must be one number ≥ 0")
 
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from palettax._typing import PRNGKey
 from palettax.clustering.adjoints import IMPLICIT, Adjoint, OneStep
-from palettax.clustering.checks import check_nbits, resolve_method
 from palettax.clustering.rounding import narrow_dtype
 from palettax.clustering.soft import Way, check_temperature
 from palettax.leaf import PER_TENSOR, Granularity
 from palettax.transforms.base import PaletteTransformation
-from palettax.transforms.hard import check_granularity
 from palettax.transforms.trained import Following, Temperature, following
 
 
@@ -80,12 +76,12 @@ def dkm(
     if not callable(temperature):
         check_temperature(temperature)
     return following(
-        _following(
+        Following(
             nbits,
-            granularity,
-            milestone,
-            weight_threshold,
             temperature=temperature if callable(temperature) else lambda count: temperature,
+            granularity=granularity,
+            milestone=milestone,
+            weight_threshold=weight_threshold,
             lut_dtype=narrow_dtype(lut_dtype),
             way=Way(adjoint, max_steps, relative, repair=True),
             tol=tol,
@@ -136,12 +132,12 @@ def straight_through(
         stochastic neurons", arXiv 1308.3432.
     """
     return following(
-        _following(
+        Following(
             nbits,
-            granularity,
-            milestone,
-            weight_threshold,
             temperature=lambda count: 0.0,
+            granularity=granularity,
+            milestone=milestone,
+            weight_threshold=weight_threshold,
             lut_dtype=narrow_dtype(lut_dtype),
             way=Way(OneStep(), max_steps, repair=True),
             tol=0.0,
@@ -149,13 +145,3 @@ def straight_through(
             hard=True,
         )
     )
-
-
-def _following(nbits: int, granularity: Granularity, milestone: int, threshold: int, **rest: Any) -> Following:
-    check_nbits(nbits)
-    check_granularity(granularity)
-    resolve_method(None, granularity.vector_size, rest["key"])
-    for name, value in (("milestone", milestone), ("weight_threshold", threshold)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-            raise ValueError(f"{name}={value!r}; it must be an integer ≥ 0")
-    return Following(nbits, granularity=granularity, milestone=milestone, weight_threshold=threshold, **rest)

@@ -16,6 +16,7 @@ from palettax._typing import Array, PRNGKey, Tree, is_traced
 from palettax.clustering.assignment import assign_groups
 from palettax.clustering.checks import (
     check_finite,
+    check_nbits,
     check_sensitivity,
     check_weights,
     float64_stays,
@@ -28,7 +29,7 @@ from palettax.clustering.soft import SoftFit, Way, soft_groups
 from palettax.leaf import Granularity, PalettizedArray, depalettize, level_numbers, merge_blocks
 from palettax.transforms.base import PaletteTransformation, is_node, map_leaves, placed_like, shared, with_gradient_of
 from palettax.transforms.elements import hidden_elements
-from palettax.transforms.hard import Cut, key_of
+from palettax.transforms.hard import Cut, check_granularity, key_of
 
 Temperature = float | Float[Array, ""] | Callable[[Any], Any]
 """A temperature, or one for every count of updates, as optax's schedules are."""
@@ -76,6 +77,15 @@ class Following:
     tol: float
     key: PRNGKey | None
     hard: bool = False
+
+    def __post_init__(self) -> None:
+        check_nbits(self.nbits)
+        check_granularity(self.granularity)
+        resolve_method(None, self.granularity.vector_size, self.key)
+        for name in ("milestone", "weight_threshold"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+                raise ValueError(f"{name}={value!r}; it must be an integer ≥ 0")
 
 
 class _Leaf(NamedTuple):

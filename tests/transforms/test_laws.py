@@ -30,11 +30,6 @@ from tests.tables import (
 assert palettax.coreml  # imported first: it brings coremltools in without its noise
 
 
-COMPILES = pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="an eager scan over a new closure is compiled in every call"
-)
-
-
 def laws(test):
     return pytest.mark.parametrize("dtype", DTYPES)(pytest.mark.parametrize("name", HARD)(test))
 
@@ -174,7 +169,7 @@ jax.monitoring.register_event_duration_secs_listener(
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=COMPILES if n == "straight through vectors" else ()) for n in HARD if n not in INEXACT],
+    [name for name in HARD if name not in INEXACT],
 )
 def test_a_second_call_compiles_nothing(name):
     tree, _, _, _ = outcome(name, "float32")  # the first
