@@ -75,6 +75,20 @@ def _shares_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     return share, share * (change - (share * change).sum(axis=0))
 
 
+@jax.custom_jvp
+def blended(share: Float[jax.Array, "k n"], entries: Float[jax.Array, " k"]) -> Float[jax.Array, " n"]:
+    """Σ share · entry."""
+    return (share * entries[:, None]).sum(axis=0)
+
+
+@blended.defjvp
+def _blended_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    share, entries = primals
+    value = blended(share, entries)
+    # Shares add up to one: what changes them counts by what sets entries apart, not by how far from zero they all are.
+    return value, (tangents[0] * (entries[:, None] - value)).sum(axis=0) + (share * tangents[1][:, None]).sum(axis=0)
+
+
 def _resolved(temperature: Scalar, least: Float[jax.Array, " n"]) -> Float[jax.Array, " n"]:
     """No colder than distances are resolved: compiled twice, they may differ in their last bits from their minimum."""
     return jnp.maximum(temperature, coldest(least.dtype) * least)
@@ -108,9 +122,8 @@ def moments(points: Points, lut: Float[jax.Array, "k d"], temperature: Scalar) -
                 jnp.stack([own.sum(axis=1) for own, _ in parts], axis=1),
                 jnp.stack([(own * gap).sum(axis=1) for own, gap in parts], axis=1),
             )
-        entries, mass = lut[:, :1], block.mass[0]
-        mean = (share * entries).sum(axis=0)
-        pull = 2 / temperature * (entries - mean)  # share' = share · pull
+        mass = block.mass[0]
+        pull = 2 / temperature * (lut - blended(share, lut[:, 0]))  # share' = share · pull
         bend = (share * pull**2).sum(axis=0)  # share'' = share · (pull² - bend)
         # Where attention turns within a bucket, Taylor's expansion says nothing.
         limit = jax.lax.stop_gradient(mass / jnp.maximum(bend, jnp.finfo(mass.dtype).tiny))
@@ -156,7 +169,7 @@ def values_at(
 
     def of_block(block: Points) -> jax.Array:
         share, _ = attention(block, lut, temperature)
-        return jnp.stack([(share * entries[:, None]).sum(axis=0) for entries in table.T])
+        return jnp.stack([blended(share, entries) for entries in table.T])
 
     return map_blocks(of_block, points, lut.shape[0])
 
@@ -171,8 +184,8 @@ def cumulants_at(
 
     def of_block(block: Points) -> jax.Array:
         share, _ = attention(block, lut[:, None], temperature)
-        spread = lut[:, None] - (share * lut[:, None]).sum(axis=0)
-        value, rate = (share * table[:, None]).sum(axis=0), 2 / temperature
+        spread = lut[:, None] - blended(share, lut)
+        value, rate = blended(share, table), 2 / temperature
         return jnp.stack(
             [value, rate * (share * spread**2).sum(axis=0), rate * (rate * (share * spread**3).sum(axis=0))]
         )
