@@ -23,6 +23,8 @@ from palettax.palettize import palettize as palettize
 from palettax.report import LeafReport as LeafReport
 from palettax.report import Report as Report
 from palettax.report import report as report
+from palettax.sensitivity import fisher_diagonal as fisher_diagonal
+from palettax.sensitivity import second_moment as second_moment
 from palettax.transforms import DkmState as DkmState
 from palettax.transforms import PaletteTransformation as PaletteTransformation
 from palettax.transforms import by_path as by_path

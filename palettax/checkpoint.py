@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from palettax._files import replacing
 from palettax._paths import identity_of, leaf_name, leaf_names
 from palettax._typing import Tree
 from palettax.leaf import PalettizedArray, is_palettized, pack, unpack
@@ -51,15 +51,8 @@ def save(path: str | os.PathLike[str], tree: Tree) -> None:
     contents = _Contents([], {}, {})
     structure = _describe(tree, (), contents)
     header = {"format": FORMAT, "structure": json.dumps(structure), "leaves": json.dumps(contents.leaves)}
-    target = Path(path)
-    # Neither a temporary file nor what safetensors writes is readable by others, as any new file may be.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        fresh = Path(folder) / target.name
-        fresh.touch()
-        mode = fresh.stat().st_mode
+    with replacing(path) as fresh:
         safetensors.numpy.save_file(contents.tensors, fresh, metadata=header)
-        fresh.chmod(mode)
-        os.replace(fresh, target)
 
 
 def load(path: str | os.PathLike[str]) -> Tree:

@@ -11,8 +11,9 @@ import numpy as np
 from palettax._paths import identity_of, leaf_names
 from palettax._typing import Tree
 from palettax.clustering.points import distinct_count
-from palettax.leaf import PalettizedArray, depalettize, is_palettized
+from palettax.leaf import PalettizedArray, depalettize, is_palettized, split_blocks
 from palettax.palettize import WEIGHT_THRESHOLD, count_nonfinite
+from palettax.transforms.base import aligned, shared
 
 
 class LeafReport(NamedTuple):
@@ -29,6 +30,9 @@ class LeafReport(NamedTuple):
         nbytes_before: stored bytes of the dense leaf.
         skipped: why the leaf is dense; "" when it is palettized.
         tied_to: the leaf whose array this is too, whose bytes are not counted again; "" for a leaf of its own.
+        loss_increase: ½ Σ sensitivity · (w - ŵ)², in units of the loss when sensitivities are Fisher information; None
+            without sensitivities.
+        unweighted: groups in which all sensitivities are zero, so that every weight counts as one.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +45,8 @@ class LeafReport(NamedTuple):
     nbytes_before: int
     skipped: str
     tied_to: str = ""
+    loss_increase: float | None = None
+    unweighted: int = 0
 
 
 class Report(dict[str, LeafReport]):
@@ -56,36 +62,45 @@ class Report(dict[str, LeafReport]):
         """Stored bytes of the whole dense tree."""
         return sum(leaf.nbytes_before for leaf in self.values() if not leaf.tied_to)
 
+    @property
+    def loss_increase(self) -> float | None:
+        """½ Σ sensitivity · (w - ŵ)² of the whole tree; None without sensitivities."""
+        own = [leaf.loss_increase for leaf in self.values() if leaf.loss_increase is not None and not leaf.tied_to]
+        return float(sum(own)) if own else None
+
     def __str__(self) -> str:
-        rows = [("leaf", "shape", "dtype", "bits/weight", "SQNR dB", "bytes", "")]
+        weighed = self.loss_increase is not None
+        rows = [["leaf", "shape", "dtype", "bits/weight", "SQNR dB", "bytes", *["loss increase"] * weighed, ""]]
         for name, leaf in self.items():
-            tables = "" if leaf.nbits is None else f"{leaf.nbits} bits, {int(np.prod(leaf.groups))} lut"
-            note = tables or f"dense: {leaf.skipped}"
-            rows.append((
+            loss = "" if leaf.loss_increase is None else f"{leaf.loss_increase:.3g}"
+            rows.append([
                 name, "×".join(map(str, leaf.shape)), leaf.dtype, f"{leaf.bits_per_weight:.3g}", f"{leaf.sqnr:.1f}",
-                f"{leaf.nbytes:,}", f"{note}, tied to {leaf.tied_to}" if leaf.tied_to else note,
-            ))  # fmt: skip
-        widths = [max(len(row[c]) for row in rows) for c in range(6)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[6]]) for row in rows]
+                f"{leaf.nbytes:,}", *[loss] * weighed, _note(leaf),
+            ])  # fmt: skip
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         ratio = self.nbytes_before / self.nbytes if self.nbytes else 1.0
-        return "\n".join(line.rstrip() for line in lines) + (
-            f"\n{self.nbytes_before:,} bytes became {self.nbytes:,}: {ratio:.2f} times smaller"
-        )
+        lines.append(f"{self.nbytes_before:,} bytes became {self.nbytes:,}: {ratio:.2f} times smaller")
+        return "\n".join([*lines, f"predicted loss increase: {self.loss_increase:.3g}"] if weighed else lines)
 
 
-def report(params: Tree, palettized: Tree, *, weight_threshold: int = WEIGHT_THRESHOLD) -> Report:
+def report(
+    params: Tree, palettized: Tree, *, sensitivity: Tree | None = None, weight_threshold: int = WEIGHT_THRESHOLD
+) -> Report:
     """Say for every leaf what it costs now, what it lost, and if it stayed dense, why.
 
     Args:
         params: the dense tree that was palettized.
         palettized: what `palettize` made of it.
+        sensitivity: what it was palettized with, such as `fisher_diagonal` gives: the report then predicts by how much
+            each leaf raises the loss, ½ Σ sensitivity · (w - ŵ)², which compares leaves of any scale.
         weight_threshold: the threshold that was used; it decides which reason is given.
 
     Returns:
         A dict from path to `LeafReport`; `print` shows it as a table.
 
     Raises:
-        ValueError: the two trees have different structures.
+        ValueError: the trees have different structures.
 
     Example:
         >>> import jax, palettax as px
@@ -100,11 +115,41 @@ def report(params: Tree, palettized: Tree, *, weight_threshold: int = WEIGHT_THR
     except ValueError as error:
         raise ValueError(f"params and palettized are different trees: {error}") from error
     names = leaf_names([path for path, _ in paths])
+    masses = (
+        [None] * len(paths) if sensitivity is None else aligned(treedef, shared(params, sensitivity), "sensitivity")
+    )
     rows, first = {}, {}
-    for name, (_, before), now in zip(names, paths, after, strict=True):
+    for name, (_, before), now, mass in zip(names, paths, after, masses, strict=True):
         tied_to = first.setdefault((identity_of(before), identity_of(now)), name) if hasattr(before, "shape") else name
-        rows[name] = _leaf_report(before, now, weight_threshold)._replace(tied_to="" if tied_to == name else tied_to)
+        row = _leaf_report(before, now, weight_threshold)._replace(tied_to="" if tied_to == name else tied_to)
+        rows[name] = row if mass is None else _weighed(name, row, before, now, np.asarray(mass))
     return Report(rows)
+
+
+def _weighed(name: str, row: LeafReport, before: Any, now: Any, mass: np.ndarray) -> LeafReport:
+    """The row with what sensitivities say."""
+    if mass.shape != row.shape:
+        raise ValueError(f"leaf '{name}' is {row.shape} and its sensitivity {mass.shape}; give one number per weight")
+    if not jnp.issubdtype(jnp.dtype(row.dtype), jnp.floating):
+        return row
+    dense, after = (np.asarray(depalettize(leaf)).astype(np.float64) for leaf in (before, now))
+    with np.errstate(invalid="ignore"):  # of infinities that stayed
+        error = np.where(dense == after, 0, dense - after)
+    zero = 0
+    if isinstance(now, PalettizedArray):
+        zero = int((~np.asarray(split_blocks(mass != 0, now.groups)).any(axis=1)).sum())
+    return row._replace(loss_increase=float((mass.astype(np.float64) * error**2).sum() / 2), unweighted=zero)
+
+
+def _note(leaf: LeafReport) -> str:
+    """What a row says in words."""
+    if leaf.nbits is None:
+        words = [f"dense: {leaf.skipped}"]
+    else:
+        words = [f"{leaf.nbits} bits", f"{int(np.prod(leaf.groups))} lut"]
+    if leaf.unweighted:
+        words.append(f"sensitivity is zero in {leaf.unweighted}: unweighted there")
+    return ", ".join([*words, f"tied to {leaf.tied_to}"] if leaf.tied_to else words)
 
 
 def _leaf_report(before: Any, now: Any, weight_threshold: int) -> LeafReport:

@@ -41,7 +41,7 @@ def test_numbers_of_every_leaf():
     assert half.nbytes_before == 2400 * 2
 
     bias = found["bias"]
-    assert bias == ((60,), "float32", None, (), 32.0, np.inf, 240, 240, "≤ weight_threshold=2048", "")
+    assert bias == ((60,), "float32", None, (), 32.0, np.inf, 240, 240, "≤ weight_threshold=2048", "", None, 0)
     assert found.nbytes == kernel.nbytes + half.nbytes + 240 + params["ids"].nbytes
     assert found.nbytes_before == sum(leaf.nbytes for leaf in params.values())
 
@@ -142,3 +142,48 @@ def test_a_tree_that_was_palettized_before():
 def test_trees_that_do_not_match(other):
     with pytest.raises(ValueError, match="params and palettized are different trees"):
         px.report({"a": np.ones(3), "b": np.ones(3)}, other)
+
+
+def test_predicted_loss_increase():
+    """½ Σ F (w - ŵ)² of what a quadratic loss loses, leaf by leaf."""
+    params = {"a": RNG.standard_normal((60, 40)), "b": 1e-3 * RNG.standard_normal((50, 60)), "c": np.ones(4)}
+    curvature = {name: RNG.gamma(0.3, size=leaf.shape) for name, leaf in params.items()}
+    small = px.palettize(params, px.kmeans(2), sensitivity=curvature)
+    found = px.report(params, small, sensitivity=curvature)
+
+    def loss(weights):
+        return {n: (curvature[n] * (np.asarray(weights[n], np.float64) - params[n]) ** 2).sum() / 2 for n in params}
+
+    lost = loss(px.depalettize(small))
+    for name, leaf in found.items():
+        assert leaf.loss_increase == pytest.approx(lost[name], rel=1e-12)
+    assert found.loss_increase == pytest.approx(sum(lost.values()), rel=1e-12)
+    assert found["c"].loss_increase == 0
+    assert f"{found.loss_increase:.3g}" in str(found).splitlines()[-1]
+    assert px.report(params, small).loss_increase is None
+    with pytest.raises(ValueError, match=r"leaf 'a' is .* and its sensitivity"):
+        px.report(params, small, sensitivity=curvature | {"a": np.ones(3)})
+
+
+def test_zero_sensitivity_is_said_and_counts_as_one():
+    weights = RNG.standard_normal((64, 64)).astype(np.float32)
+    mass = np.ones_like(weights)
+    mass[16:48] = 0
+    groups = px.kmeans(2, granularity=px.Granularity(group_size=16))
+    for small, own, unweighted in [
+        (px.palettize(weights, groups, sensitivity=mass), mass, 2),
+        (px.palettize(weights, px.kmeans(2), sensitivity=0 * mass), 0 * mass, 1),
+    ]:
+        (leaf,) = px.report(weights, small, sensitivity=own).values()
+        assert leaf.unweighted == unweighted
+    assert f"sensitivity is zero in {unweighted}" in str(px.report(weights, small, sensitivity=own))
+    np.testing.assert_array_equal(small.depalettize(), px.palettize(weights, px.kmeans(2)).depalettize())
+
+
+def test_tied_leaves_raise_the_loss_once():
+    table = RNG.standard_normal((60, 40)).astype(np.float32)
+    params = {"embed": table, "head": table}
+    mass = RNG.gamma(0.3, size=table.shape)
+    small = px.palettize(params, px.kmeans(2), sensitivity={"embed": mass, "head": mass})
+    found = px.report(params, small, sensitivity={"embed": mass, "head": mass})
+    assert found.loss_increase == found["embed"].loss_increase == found["head"].loss_increase

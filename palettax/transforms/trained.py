@@ -132,6 +132,7 @@ def following(how: Following) -> PaletteTransformation:
     def first_lut(name: str, leaf: _Leaf) -> Array:
         """What `kmeans` makes, (groups, k, d)."""
         rows, mass = jax.lax.stop_gradient(leaf.as_they_are())
+        rows = jnp.where(jnp.isfinite(rows), rows, 0)  # of a leaf that will be skipped
         method = resolve_method(None, leaf.cut.vector_size, how.key)
         lut = kmeans_groups(rows, how.nbits, mass, method, key=key_of(how.key, name)).lut
         return jnp.asarray(lut).reshape(-1, 2**how.nbits, leaf.cut.vector_size)
@@ -187,7 +188,8 @@ def following(how: Following) -> PaletteTransformation:
         sound = jnp.isfinite(leaf.rows).all()
         if leaf.mass is not None:
             sound &= jnp.isfinite(leaf.mass).all()
-        leaf = leaf._replace(rows=jnp.where(sound, leaf.rows, 0))
+        # Zeros only to the derivative: of a leaf that is skipped it is not NaN, and one that is not has no copy.
+        leaf = leaf._replace(rows=with_gradient_of(leaf.rows, jnp.where(sound, leaf.rows, 0)))
         cut = leaf.cut
 
         def trained() -> tuple[Array, Array]:
