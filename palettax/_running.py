@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from operator import add, itemgetter, length_hint
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ import safetensors.numpy
 from jaxtyping import Bool, Float
 
 from palettax._files import replacing
+from palettax._paths import leaf_names
 from palettax._progress import progress_bar
 from palettax._typing import Array, Tree
 
@@ -28,11 +31,13 @@ class Step(NamedTuple):
         mean: over all examples so far, those of the batch included; arrays of JAX or torch.
         losses: of its examples.
         sound: whether what is averaged is finite for each of them.
+        finite: whether their sum is.
     """
 
     mean: list[Any]
     losses: Float[np.ndarray, " n"]
     sound: Bool[np.ndarray, " n"]
+    finite: bool
 
 
 class Stream(NamedTuple):
@@ -66,7 +71,8 @@ class Stream(NamedTuple):
             step: of the mean so far, a batch, and how many examples the mean is over.
             start: zeros.
             batches: pytrees of arrays whose first axis is examples; mappings that JAX does not know come as dicts.
-            of: a number that is another for other weights: a checkpoint of those is refused.
+            of: a number that is another for other weights. A checkpoint of those is refused, as is one that another
+                example began.
             to_host: an array of the mean, for NumPy.
             onto: a zero of the start, with that array in its place and on its device.
 
@@ -76,12 +82,17 @@ class Stream(NamedTuple):
         if isinstance(batches, Mapping) or hasattr(batches, "shape"):
             raise ValueError(f"batches are one {type(batches).__name__}; give an iterable of them, such as [batch]")
         check_count("num_samples", self.num_samples)
+        self._check_place()
+        length, stream = length_hint(batches), map(_in_dicts, batches)
+        first_one = list(islice(stream, 1))
+        if not first_one:
+            raise ValueError("batches hold no examples; a generator gives its batches only once: make a new one")
+        of = zlib.crc32(repr(_first_example(first_one[0])).encode(), of)
         mean, count = self._resumed(start, of, onto)
-        length = length_hint(batches)
         saved, last, total = count, time.monotonic(), self.num_samples
         try:
             with progress_bar("sensitivities", "examples", shown=self.progress) as advance:
-                for number, first, batch in self._rows(batches, count):
+                for number, first, batch in self._rows(chain(first_one, stream), count):
                     size = _size(batch, number)
                     if total is None and length:
                         total = (first + size) * length
@@ -92,17 +103,22 @@ class Stream(NamedTuple):
                     if time.monotonic() - last >= self.save_every:
                         self._save(mean, count, of, to_host)
                         saved, last = count, time.monotonic()
-        finally:
+                advance(count, count)
+        except BaseException:
             if count > saved:
                 self._save(mean, count, of, to_host)
-        if not count:
-            raise ValueError("batches hold no examples; a generator gives its batches only once: make a new one")
+            raise
+        if count > saved:
+            try:
+                self._save(mean, count, of, to_host)
+            except OSError as error:  # what was asked for is there
+                warnings.warn(f"the checkpoint {self.checkpoint} could not be written: {error}", stacklevel=3)
         return mean
 
     def _rows(self, batches: Iterable[Tree], counted: int) -> Iterator[tuple[int, int, Tree]]:
         """The number of every batch, the first row of it that is not counted yet, and from there on what is wanted."""
         seen = 0
-        for number, batch in enumerate(map(_in_dicts, batches)):
+        for number, batch in enumerate(batches):
             size = _size(batch, number)
             first = max(counted - seen, 0)
             stop = size if self.num_samples is None else min(size, self.num_samples - seen)
@@ -119,6 +135,14 @@ class Stream(NamedTuple):
                 "the first one on (a generator gives its batches only once), or delete it to start anew"
             )
 
+    def _check_place(self) -> None:
+        """Refuse, before the work, a checkpoint that cannot be written."""
+        place = Path(self.checkpoint or ".")
+        if self.checkpoint is not None and place.is_dir():
+            raise ValueError(f"the checkpoint '{place}' is a folder; name a file")
+        if not place.parent.is_dir():
+            raise FileNotFoundError(f"no folder for the checkpoint '{place}'; make it first")
+
     def _save(self, mean: list[Any], count: int, of: int, to_host: Callable[[Any], np.ndarray]) -> None:
         if self.checkpoint is None:
             return
@@ -132,15 +156,15 @@ class Stream(NamedTuple):
         if self.checkpoint is None:
             return start, 0
         name = os.fspath(self.checkpoint)
-        if not Path(name).parent.is_dir():
-            raise FileNotFoundError(f"no folder for the checkpoint {name!r}; make it first")
         if not Path(name).exists():
             return start, 0
         try:
             with safetensors.safe_open(name, framework="numpy") as file:
                 header = file.metadata() or {}
                 if header.get("of", str(of)) != str(of):
-                    raise ValueError(f"{name!r} was begun with other weights or another key; delete it to start anew")
+                    raise ValueError(
+                        f"{name!r} was begun with other weights, examples or another key; delete it to start anew"
+                    )
                 arrays = [file.get_tensor(str(i)) for i in range(len(start))]
                 count = int(header["count"])
         except (safetensors.SafetensorError, KeyError) as error:
@@ -181,14 +205,26 @@ def _in_dicts(batch: Tree) -> Tree:
 
 def _size(batch: Tree, number: int) -> int:
     """How many examples a batch has."""
-    shapes = {tuple(getattr(leaf, "shape", ())) for leaf in jax.tree.leaves(batch)}
-    lengths = sorted({shape[0] if shape else 0 for shape in shapes})
-    if len(lengths) != 1 or lengths == [0]:
+    paths, _ = jax.tree_util.tree_flatten_with_path(batch)
+    names = leaf_names([path for path, _ in paths])
+    found = {
+        name or "it": leaf.shape[0] if getattr(leaf, "shape", ()) else f"a {type(leaf).__name__}"
+        for name, (_, leaf) in zip(names, paths, strict=True)
+    }
+    lengths = set(found.values())
+    if len(lengths) != 1 or not all(isinstance(length, int) and length > 0 for length in lengths):
         raise ValueError(
-            f"batch {number} has leaves of {lengths} examples; the first axis of each of its arrays "
-            "must be examples, as many in all of them"
+            f"batch {number} has examples: {found or 'none'}; each of its leaves must be an array whose first axis is "
+            "examples, as many in all of them"
         )
-    return int(lengths[0])
+    return int(lengths.pop())
+
+
+def _first_example(batch: Tree) -> list[Any]:
+    """Its numbers, whether arrays are NumPy's, JAX's or torch's."""
+    arrays = [leaf for leaf in jax.tree.leaves(batch) if hasattr(leaf, "tolist") and getattr(leaf, "ndim", 0)]
+    # What is spread over a mesh cannot always be cut there.
+    return [(np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf)[:1].tolist() for leaf in arrays]
 
 
 def _check(new: Step, number: int, first: int) -> None:
@@ -201,3 +237,7 @@ def _check(new: Step, number: int, first: int) -> None:
                 f"batch {number}, example {first + at}: its {what} is {found}; {int((~good).sum())} of "
                 f"{good.size} are such in this batch: leave them out, or mend the loss"
             )
+    if not new.finite:
+        raise ValueError(
+            f"batch {number}: each of its squared gradients is finite, but not their sum; scale the loss down"
+        )

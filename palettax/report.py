@@ -133,8 +133,8 @@ def _weighed(name: str, row: LeafReport, before: Any, now: Any, mass: np.ndarray
     if not jnp.issubdtype(jnp.dtype(row.dtype), jnp.floating):
         return row
     dense, after = (np.asarray(depalettize(leaf)).astype(np.float64) for leaf in (before, now))
-    with np.errstate(invalid="ignore"):  # of infinities that stayed
-        error = np.where(dense == after, 0, dense - after)
+    finite = np.isfinite(dense)  # what was not stayed as it is
+    error = np.where(finite, dense, 0) - np.where(finite, after, 0)
     zero = 0
     if isinstance(now, PalettizedArray):
         zero = int((~np.asarray(split_blocks(mass != 0, now.groups)).any(axis=1)).sum())

@@ -42,9 +42,11 @@ def fisher_diagonal(
     ½ Σ F · (w - ŵ)² is about what the loss loses when weights w become ŵ, so it is the `sensitivity` to palettize with.
     With the loss a negative log-likelihood and the labels of the data, F is the empirical Fisher; with `sample`, which
     draws the label from the model, it is the Fisher information itself. (A square of the mean gradient is neither.)
+    Its diagonal does not see that errors of many weights add up: at few bits, or of few examples, F plus its own mean
+    in each leaf is often the better sensitivity.
 
-    Memory is that of two trees of float32, and of a gradient for each example of a micro-batch. All batches as large as
-    the first share one trace. They may be spread over devices along their first axis.
+    Memory is that of three trees of float32, and of a gradient for each example of a micro-batch. Batches of one size
+    share one trace, and smaller ones of their kind with them. They may be spread over devices along their first axis.
 
     Args:
         loss_fn: `loss_fn(params, example) -> scalar`, without dropout and with batch norm as in inference. A weight
@@ -58,10 +60,11 @@ def fisher_diagonal(
         sample: `sample(params, example, key) -> example`, with its label drawn from the model: the true Fisher. What it
             draws depends on the key and the number of the example only.
         key: for `sample`; required there.
-        micro_batch_size: examples whose gradients are in memory at a time; None for as many as take the memory of one
-            tree of gradients, or 64 MiB.
+        micro_batch_size: examples whose gradients are in memory at a time; None for one on a CPU, and elsewhere for as
+            many as take the memory of one tree of gradients, or 64 MiB, but at most 64.
         checkpoint: a file for the mean so far. It is written every `save_every` seconds and when the work ends, be it
-            by Ctrl-C. When it exists, the examples that it counts are passed over: give the same batches again.
+            by Ctrl-C. When it exists, the examples that it counts are passed over: give the same batches again. It is
+            refused with other weights or another first example; the loss is not looked at.
         save_every: seconds.
         progress: a bar with the time that is left, on a terminal with rich installed.
 
@@ -89,7 +92,9 @@ def fisher_diagonal(
         raise ValueError("sample without a key; it draws at random: pass key=jax.random.key(0)")
     leaves = _Leaves.of(params)
     check_count("micro_batch_size", micro_batch_size)
-    size = micro_batch_size or examples_at_once(sum(array.size for array in leaves.floats))
+    on_host = all(device.platform == "cpu" for device in leaves.floats[0].devices())
+    # There, squares of a single gradient are added as they are computed; those of several wait in memory.
+    size = micro_batch_size or (1 if on_host else examples_at_once(sum(array.size for array in leaves.floats)))
 
     def loss_of(floats: list[Array], example: Tree, number: Array) -> Array:
         tree = leaves.tree(floats)
@@ -107,7 +112,7 @@ def fisher_diagonal(
     def added(
         floats: list[Array], mean: list[Array], parts: tuple[Tree, Array], count: Array, live: Array, steps: int
     ) -> tuple:
-        """The mean with the first `live` examples of a batch, their losses, and whether the mean is finite."""
+        """The mean with the first `live` examples of a batch, their losses, and whether their sum is finite."""
 
         def of_part(total: list[Array], part: tuple[Tree, Array]) -> tuple[list[Array], Array]:
             losses, gradients = gradients_of(floats, part, count)
@@ -118,8 +123,8 @@ def fisher_diagonal(
             return [a + b for a, b in zip(total, used, strict=True)], losses
 
         total, losses = jax.lax.scan(of_part, [jnp.zeros_like(m) for m in mean], _cut(parts, steps))
-        sound = jnp.stack([jnp.isfinite(t).all() for t in total]).all()
-        return mean_with(mean, total, count, live), losses.T.reshape(-1), sound
+        finite = jnp.stack([jnp.isfinite(t).all() for t in total]).all()
+        return mean_with(mean, total, count, live), losses.T.reshape(-1), finite
 
     @partial(jax.jit, static_argnames="steps")
     def sound_ones(floats: list[Array], parts: tuple[Tree, Array], count: Array, steps: int) -> Array:
@@ -132,26 +137,25 @@ def fisher_diagonal(
 
         return jax.lax.map(of_part, _cut(parts, steps)).T.reshape(-1)
 
-    largest = 0
+    largest: dict[Any, int] = {}
 
     def step(mean: list[Array], batch: Tree, count: int) -> Step:
-        nonlocal largest
         live = jax.tree.leaves(batch)[0].shape[0]
         arrays = jax.tree.map(lambda a: a if isinstance(a, jax.Array) else np.asarray(a), batch)
         spread = max(jax.tree.leaves(arrays), key=_shards)
         whole = live
         if _shards(spread) == 1:  # then the last batch can be filled up to be as the others
-            largest = max(largest, live)
-            whole = _steps(largest, size) * -(-largest // _steps(largest, size))
+            alike = jax.tree.structure(arrays), *[(a.shape[1:], a.dtype) for a in jax.tree.leaves(arrays)]
+            whole = largest[alike] = max(largest.get(alike, 0), live)
+            whole = _steps(whole, size) * -(-whole // _steps(whole, size))
         numbers = _spread_like(spread, np.arange(whole, dtype=np.int32))
         parts = jax.tree.map(lambda a: _filled(a, whole), arrays), numbers
         steps = _steps(whole, size, _shards(spread))
-        new, losses, sound = added(leaves.floats, mean, parts, jnp.int32(count), jnp.int32(live), steps)
-        each = np.broadcast_to(np.asarray(sound), live)
-        if not sound:
-            found = np.asarray(sound_ones(leaves.floats, parts, jnp.int32(count), steps))[:live]
-            each = each if found.all() else found  # all False where it is their sum that overflows
-        return Step(new, np.asarray(losses)[:live], each)
+        new, losses, finite = added(leaves.floats, mean, parts, jnp.int32(count), jnp.int32(live), steps)
+        finite, each = bool(finite), np.ones(live, bool)
+        if not finite:
+            each = np.asarray(sound_ones(leaves.floats, parts, jnp.int32(count), steps))[:live]
+        return Step(new, np.asarray(losses)[:live], each, finite)
 
     of = 0 if checkpoint is None else fingerprint([*leaves.floats, *_bits_of(key)], *leaves.names)
     stream = Stream(num_samples, checkpoint, save_every, progress)
@@ -230,7 +234,10 @@ class _Leaves(NamedTuple):
         paths, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_palettized)
         found: dict[Any, int] = {}
         leaves, places, floats = [], [], []
-        for _, leaf in paths:
+        names = leaf_names([path for path, _ in paths])
+        for name, (_, leaf) in zip(names, paths, strict=True):
+            if jnp.issubdtype(getattr(leaf, "dtype", np.int8), jnp.complexfloating):
+                raise ValueError(f"leaf '{name}' is {leaf.dtype}; take it apart into two real leaves")
             has_gradient = isinstance(leaf, float) or jnp.issubdtype(getattr(leaf, "dtype", np.int8), jnp.floating)
             # Python makes one object of equal floats.
             same = ("place", len(leaves)) if isinstance(leaf, float) else identity_of(leaf)
@@ -239,7 +246,6 @@ class _Leaves(NamedTuple):
                 floats.append(jnp.asarray(depalettize(leaf)))
             leaves.append(leaf)
             places.append(number)
-        names = leaf_names([path for path, _ in paths])
         if not floats:
             raise ValueError(
                 f"params have no float leaf, only {names or 'none at all'}; there is no gradient to square"

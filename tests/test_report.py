@@ -187,3 +187,12 @@ def test_tied_leaves_raise_the_loss_once():
     small = px.palettize(params, px.kmeans(2), sensitivity={"embed": mass, "head": mass})
     found = px.report(params, small, sensitivity={"embed": mass, "head": mass})
     assert found.loss_increase == found["embed"].loss_increase == found["head"].loss_increase
+    copies = {"embed": mass.copy(), "head": mass.copy()}  # as of a tree.map
+    assert px.report(params, small, sensitivity=copies).loss_increase == found.loss_increase
+
+
+def test_weights_that_are_not_finite_raise_no_loss():
+    weights = RNG.standard_normal((64, 64)).astype(np.float32)
+    weights[0, :2] = np.nan, np.inf
+    small = px.palettize({"w": weights}, px.kmeans(2), nonfinite="keep")
+    assert px.report({"w": weights}, small, sensitivity={"w": np.ones((64, 64))}).loss_increase == 0

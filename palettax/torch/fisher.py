@@ -51,8 +51,9 @@ def fisher_diagonal(
     each example of a chunk.
 
     Args:
-        model: on any device. It is in eval mode meanwhile; that mode, parameters, buffers, `.grad` and what modules
-            store of a forward pass are afterwards what they were.
+        model: on any device. It is in eval mode meanwhile; that mode, parameters, buffers, `.grad` and the
+            attributes that a forward pass sets are afterwards what they were; what it changes inside an attribute, such
+            as a list, is not.
         dataloader: an iterable of batches: tensors whose first axis is examples, in tuples, lists or mappings.
         loss_fn: `loss_fn(model, batch) -> loss`, as coremltools' SKMPalettizer takes it. It is given one example at a
             time, as a batch of one, with dicts for mappings of other types; the loss has shape () or (1,).
@@ -60,7 +61,8 @@ def fisher_diagonal(
         chunk_size: examples whose gradients are in memory at a time; None for as many as take the memory of one set of
             gradients, or 64 MiB.
         checkpoint: a file for the mean so far. It is written every `save_every` seconds and when the work ends, be it
-            by Ctrl-C. When it exists, the examples that it counts are passed over: give the same batches again.
+            by Ctrl-C. When it exists, the examples that it counts are passed over: give the same batches again. It is
+            refused with other weights or another first example; the loss is not looked at.
         save_every: seconds.
         progress: a bar with the time that is left, on a terminal with rich installed.
 
@@ -93,7 +95,8 @@ def fisher_diagonal(
         total = [torch.zeros_like(m) for m in mean]
         with torch.enable_grad():
             losses, sound = gradients.add_squares(total, batch, size)
-        return Step(mean_with(mean, total, count, len(losses)), losses, sound)
+        finite = all(bool(own.isfinite().all()) for own in total)
+        return Step(mean_with(mean, total, count, len(losses)), losses, sound, finite)
 
     tensors = tensors_by_name(model)
     of = 0
@@ -229,6 +232,8 @@ class _Gradients:
             # Outside of grad_and_value there is nothing to differentiate.
             with torch.no_grad():
                 gradients, losses = torch.func.vmap(torch.func.grad_and_value(loss), (None, 0))(parameters, leaves)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:
             # An error of the model's own is raised again by each example alone.
             return None

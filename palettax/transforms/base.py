@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 from palettax._paths import identity_of, leaf_names
 from palettax._typing import Tree, is_traced
@@ -97,7 +98,7 @@ def map_leaves(function: Callable[..., Any], params: Tree, *rest: Tree | None) -
 
 
 def shared(params: Tree, sensitivity: Tree | None) -> Tree | None:
-    """Sensitivities in which the places of a tied leaf have one sum, arrays that are the same counted once."""
+    """Sensitivities in which the places of a tied leaf have one sum, equal arrays counted once."""
     if sensitivity is None:
         return None
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_node)
@@ -105,11 +106,18 @@ def shared(params: Tree, sensitivity: Tree | None) -> Tree | None:
     found: dict[Any, dict[Any, Any]] = {}
     for leaf, own in zip(leaves, column, strict=True):
         if own is not None and not isinstance(own, MaskedNode):
-            found.setdefault(identity_of(leaf), {}).setdefault(identity_of(own), own)
+            distinct = found.setdefault(identity_of(leaf), {})
+            if not any(_equal(own, other) for other in distinct.values()):
+                distinct[identity_of(own)] = own
     sums = {same: functools.reduce(operator.add, distinct.values()) for same, distinct in found.items()}
     return jax.tree.unflatten(
         treedef, [sums.get(identity_of(leaf), own) for leaf, own in zip(leaves, column, strict=True)]
     )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two arrays are one, or known to be equal: a `tree.map` makes copies of one for every place."""
+    return one is other or (not is_traced(one) and not is_traced(other) and np.array_equal(one, other))
 
 
 def placed_like(weights: Any, small: PalettizedArray) -> PalettizedArray:
