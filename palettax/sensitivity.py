@@ -60,8 +60,8 @@ def fisher_diagonal(
         sample: `sample(params, example, key) -> example`, with its label drawn from the model: the true Fisher. What it
             draws depends on the key and the number of the example only.
         key: for `sample`; required there.
-        micro_batch_size: examples whose gradients are in memory at a time; None for one on a CPU, and elsewhere for as
-            many as take the memory of one tree of gradients, or 64 MiB, but at most 64.
+        micro_batch_size: examples whose gradients are in memory at a time, at most; None for as many as take the memory
+            of one tree of gradients, or 64 MiB, but at most 64. On a CPU they are taken one by one, which is faster.
         checkpoint: a file for the mean so far. It is written every `save_every` seconds and when the work ends, be it
             by Ctrl-C. When it exists, the examples that it counts are passed over: give the same batches again. It is
             refused with other weights or another first example; the loss is not looked at.
@@ -92,9 +92,10 @@ def fisher_diagonal(
         raise ValueError("sample without a key; it draws at random: pass key=jax.random.key(0)")
     leaves = _Leaves.of(params)
     check_count("micro_batch_size", micro_batch_size)
-    on_host = all(device.platform == "cpu" for device in leaves.floats[0].devices())
-    # There, squares of a single gradient are added as they are computed; those of several wait in memory.
-    size = micro_batch_size or (1 if on_host else examples_at_once(sum(array.size for array in leaves.floats)))
+    if all(device.platform == "cpu" for device in leaves.floats[0].devices()):
+        size = 1  # squares of a single gradient are added as they are computed; those of several wait in memory
+    else:
+        size = micro_batch_size or examples_at_once(sum(array.size for array in leaves.floats))
 
     def loss_of(floats: list[Array], example: Tree, number: Array) -> Array:
         tree = leaves.tree(floats)
