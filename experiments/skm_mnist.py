@@ -130,8 +130,7 @@ def fisher(model: Any, digits: Digits, count: int, key: Any = None) -> Any:
         return example[0], jax.random.categorical(key, scores(params, example[0]))
 
     drawn = {} if key is None else {"sample": sample, "key": key}
-    # On CPUs one example at a time is several times faster than many.
-    return px.fisher_diagonal(loss, params, batches(digits, count), micro_batch_size=1, progress=False, **drawn)
+    return px.fisher_diagonal(loss, params, batches(digits, count), progress=False, **drawn)
 
 
 def second_moments(model: Any, digits: Digits, count: int) -> Any:

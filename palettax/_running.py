@@ -79,7 +79,7 @@ class Stream(NamedTuple):
         Raises:
             ValueError: no examples, a batch that is none, a loss that is not finite, a checkpoint that does not fit.
         """
-        if isinstance(batches, Mapping) or hasattr(batches, "shape"):
+        if isinstance(batches, Mapping) or hasattr(batches, "shape") or _is_one(batches):
             raise ValueError(f"batches are one {type(batches).__name__}; give an iterable of them, such as [batch]")
         check_count("num_samples", self.num_samples)
         self._check_place()
@@ -129,6 +129,11 @@ class Stream(NamedTuple):
             if self.num_samples is not None and seen >= self.num_samples:
                 seen = self.num_samples
                 break
+        if self.num_samples is not None and self.num_samples < counted:
+            raise ValueError(
+                f"the checkpoint counts {counted} examples already, and num_samples={self.num_samples}; give another "
+                "checkpoint"
+            )
         if seen < counted:
             raise ValueError(
                 f"the checkpoint counts {counted} examples, but these are only {seen}; give the same ones again, from "
@@ -163,7 +168,8 @@ class Stream(NamedTuple):
                 header = file.metadata() or {}
                 if header.get("of", str(of)) != str(of):
                     raise ValueError(
-                        f"{name!r} was begun with other weights, examples or another key; delete it to start anew"
+                        f"{name!r} was begun with other weights, examples or another key; delete it to start anew "
+                        "(examples that are shuffled anew each time cannot be gone on with)"
                     )
                 arrays = [file.get_tensor(str(i)) for i in range(len(start))]
                 count = int(header["count"])
@@ -218,6 +224,14 @@ def _size(batch: Tree, number: int) -> int:
             "examples, as many in all of them"
         )
     return int(lengths.pop())
+
+
+def _is_one(batches: Any) -> bool:
+    """Whether they are the arrays of a single batch, such as inputs and labels: as many of each, not alike."""
+    if not isinstance(batches, tuple | list) or len(batches) < 2 or not all(getattr(b, "ndim", 0) for b in batches):
+        return False
+    kinds = {(tuple(b.shape[1:]), str(b.dtype)) for b in batches}
+    return len({b.shape[0] for b in batches}) == 1 and len(kinds) > 1
 
 
 def _first_example(batch: Tree) -> list[Any]:

@@ -30,7 +30,8 @@ def palettize(
             palettized already are palettized anew from their values. A leaf that stands in several places is clustered
             once and stays tied (under `jit`, where nothing tells that two leaves are one, each is clustered).
         transform: what to do, for example `kmeans(4)` or `by_path([...])`.
-        sensitivity: a tree of the structure of params, each leaf ≥ 0: what a squared error of each weight costs.
+        sensitivity: a tree of the structure of params, each leaf ≥ 0: what a squared error of each weight costs. None
+            in the place of a leaf weighs its errors alike.
         weight_threshold: leaves of at most this many weights stay dense.
         nonfinite: a leaf that holds NaN or infinity is an error ("raise"), or stays dense ("keep").
 

@@ -57,8 +57,8 @@ def fisher_diagonal(
         num_samples: examples at most; None for all there are.
         batched: whether loss_fn takes a batch of examples, and gives the loss of each or their mean. It is given one
             example at a time all the same, as a batch of one.
-        sample: `sample(params, example, key) -> example`, with its label drawn from the model: the true Fisher. What it
-            draws depends on the key and the number of the example only.
+        sample: `sample(params, example, key) -> example`, with its label drawn from the model: the true Fisher. It is
+            given one example, `batched` or not. What it draws depends on the key and the number of the example only.
         key: for `sample`; required there.
         micro_batch_size: examples whose gradients are in memory at a time, at most; None for as many as take the memory
             of one tree of gradients, or 64 MiB, but at most 64. On a CPU they are taken one by one, which is faster.
@@ -88,8 +88,13 @@ def fisher_diagonal(
         Kim et al., "SqueezeLLM: dense-and-sparse quantization", arXiv 2306.07629, for palettes. Kunstner et al.,
         "Limitations of the empirical Fisher approximation", arXiv 1905.12558, for what `sample` changes.
     """
+    if not callable(loss_fn) or callable(batches):
+        found = type(loss_fn).__name__, type(params).__name__, type(batches).__name__
+        raise ValueError(f"loss_fn, params and batches are {', '.join(found)}; the order is loss_fn, params, batches")
     if sample is not None and key is None:
         raise ValueError("sample without a key; it draws at random: pass key=jax.random.key(0)")
+    if sample is None and key is not None:
+        raise ValueError("a key without sample; only labels that sample draws from the model are random")
     leaves = _Leaves.of(params)
     check_count("micro_batch_size", micro_batch_size)
     if all(device.platform == "cpu" for device in leaves.floats[0].devices()):
@@ -338,12 +343,13 @@ def _bits_of(key: PRNGKey | None) -> list[Array]:
 
 def _square_of_features(name: str, leaf: Any) -> tuple[Array, int]:
     """The mean square over all axes but the last, and over how many rows."""
-    if not jnp.issubdtype(getattr(leaf, "dtype", np.int8), jnp.floating) or leaf.ndim == 0:
+    array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.ndim == 0:
         found = f"{getattr(leaf, 'dtype', type(leaf).__name__)}{getattr(leaf, 'shape', '')}"
         raise ValueError(f"{name} is {found}; activations are floats (..., features)")
-    if not leaf.size:
-        raise ValueError(f"{name} is empty {leaf.shape}; leave it out")
-    array = jnp.asarray(leaf)
+    if not array.size:
+        raise ValueError(f"{name} is empty {array.shape}; leave it out")
+    array = jnp.asarray(array)
     rows = array.astype(jnp.promote_types(array.dtype, jnp.float32)).reshape(-1, array.shape[-1])
     square = jnp.square(rows).mean(axis=0)
     if not jnp.isfinite(square).all():

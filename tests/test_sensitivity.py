@@ -582,7 +582,7 @@ def test_leaves_of_all_kinds_in_a_checkpoint(tmp_path):
         lambda: ({"concealed": PARAMS["hidden"], "out": PARAMS["out"]}, {}),
         lambda: ({**PARAMS, "hidden": PARAMS["hidden"].reshape(1, 4, 5)}, {}),
         lambda: ({**PARAMS, "more": normal(3)}, {}),
-        lambda: (PARAMS, {"key": KEY}),
+        lambda: (PARAMS, {"key": KEY, "sample": lambda params, example, key: example}),
     ],
     ids=["values", "names", "shape", "leaves", "key"],
 )
@@ -624,9 +624,10 @@ def test_a_checkpoint_of_someone_else(tmp_path, names):
 
 def test_fewer_examples_than_are_counted(half):
     """The mean of eight says nothing of the first five."""
-    for short, options in [([rows(EXAMPLES, 0, 5)], {}), ([EXAMPLES], {"num_samples": 5})]:
-        with pytest.raises(ValueError, match=r"the checkpoint counts 8 examples, but these are only \d; give"):
-            px.fisher_diagonal(loss, PARAMS, short, checkpoint=half, **options)
+    with pytest.raises(ValueError, match="the checkpoint counts 8 examples, but these are only 5; give"):
+        px.fisher_diagonal(loss, PARAMS, [rows(EXAMPLES, 0, 5)], checkpoint=half)
+    with pytest.raises(ValueError, match="the checkpoint counts 8 examples already, and num_samples=5"):
+        px.fisher_diagonal(loss, PARAMS, [EXAMPLES], checkpoint=half, num_samples=5)
 
 
 def test_a_folder_that_is_not_there_is_missed_before_the_work(tmp_path):
@@ -1030,3 +1031,30 @@ def test_a_finished_mean_is_not_lost_to_a_disk(tmp_path):
 
     with pytest.warns(UserWarning, match="could not be written"):
         assert_near(px.fisher_diagonal(loss, PARAMS, batches(), checkpoint=folder / "fisher"), first(12))
+
+
+def test_inputs_and_labels_are_one_batch():
+    for batch in [(EXAMPLES["x"], EXAMPLES["y"]), [EXAMPLES["x"], EXAMPLES["x"][:, :1]]]:
+        with pytest.raises(ValueError, match=r"batches are one \w+; give an iterable of them"):
+            px.fisher_diagonal(loss, PARAMS, batch)
+    x = np.ones((4, 2), np.float32)
+    assert px.fisher_diagonal(lambda w, x: x @ w, np.ones(2, np.float32), (x, 3 * x)).tolist() == [5, 5]
+
+
+def test_arguments_in_another_order(unchecked):
+    for order in [(PARAMS, loss, [EXAMPLES]), (PARAMS, [EXAMPLES], loss)]:
+        with pytest.raises(ValueError, match="the order is loss_fn, params, batches"):
+            px.fisher_diagonal(*order)
+    with pytest.raises(ValueError, match="a key without sample"):
+        px.fisher_diagonal(loss, PARAMS, [EXAMPLES], key=jax.random.key(0))
+
+
+def test_a_report_of_a_tree_with_keys():
+    params = {"w": normal(64, 64), "key": jax.random.key(0)}
+    found = px.fisher_diagonal(lambda params, x: x @ params["w"][0], params, [normal(3, 64)])
+    small = px.palettize(params, px.kmeans(2), sensitivity=found)
+    assert px.report(params, small, sensitivity=found)["w"].loss_increase > 0
+
+
+def test_second_moment_of_torch_tensors():
+    np.testing.assert_array_equal(px.second_moment(torch.tensor([[1.0, 2.0], [3.0, 0.0]])), [5, 2])
