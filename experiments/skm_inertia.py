@@ -3,7 +3,7 @@
 The sensitivities are the Fisher information that `skm_minilm.py` computes for its first seed, with each matrix's mean
 added. Both sides cluster every matrix at 2, 3 and 4 bits, one table a matrix, one after the other. Prints a line for
 each width and writes them to `skm_inertia.md` beside this script. `--quick` takes the matrices of one layer only and
-writes nothing. About ten minutes, nearly all of them coremltools'.
+writes nothing. About four minutes, nearly all of them coremltools'.
 """
 
 from __future__ import annotations
