@@ -41,9 +41,9 @@ RESULTS = HERE.with_suffix(".json")
 BATCH, EPOCHS, THRESHOLD = 128, 2, 500
 SETTINGS = {"one layer": (4, 2, 1), "every layer": (4, 2, 1), "transformer": (2,)}
 ADJOINTS = {"implicit": px.Implicit(), "one-step": px.OneStep(), "unrolled": px.Unrolled()}
-PEER = "coremltools"
-METHODS = ("post-training", "straight-through", *ADJOINTS, PEER)
-PEER_RUNS = [("one layer", 4), ("every layer", 2)]  # it takes too long for more
+PEER, TORCH = "coremltools", "palettax.torch"
+METHODS = ("post-training", "straight-through", *ADJOINTS, TORCH, PEER)
+TORCH_RUNS = [("one layer", 4), ("every layer", 2)]  # the rival takes too long for more
 SEEDS = (0, 1, 2)
 
 
@@ -67,7 +67,7 @@ def runs() -> Iterator[Run]:
     claimed += [("one layer", 4, "implicit")]
     floats = [(setting, 32, "float") for setting in SETTINGS]
     every = [(s, b, m) for s, widths in SETTINGS.items() for b in widths for m in METHODS]
-    rest = [spec for spec in every if spec not in claimed and (spec[2] != PEER or spec[:2] in PEER_RUNS)]
+    rest = [spec for spec in every if spec not in claimed and (spec[2] not in (TORCH, PEER) or spec[:2] in TORCH_RUNS)]
     for seed, spec in itertools.product(SEEDS, [*floats, *claimed]):
         yield Run(*spec, seed)
     for spec, seed in itertools.product(rest, SEEDS):
@@ -182,12 +182,14 @@ def result_of(run: Run, data: Path, steps: int) -> dict[str, float]:
     return {"accuracy": accuracy(hard, digits.test_images, digits.test_labels), "seconds": seconds}
 
 
-def peer_result_of(run: Run, data: Path, steps: int) -> dict[str, float]:
-    """The same for coremltools' DKMPalettizer, from the same float network, in torch."""
+def torch_result_of(run: Run, data: Path, steps: int) -> dict[str, float]:
+    """The same for the DKMPalettizer of palettax.torch or of coremltools, from the same float network, in torch."""
     import torch
-    from coremltools.optimize.torch.palettization import DKMPalettizer, DKMPalettizerConfig
+    from coremltools.optimize.torch import palettization
 
     from palettax.demo.networks import FEATURE_MAP, torch_twin
+
+    library = palettization if run.method == PEER else px.torch
 
     torch.manual_seed(run.seed)
     digits = load_digits(data, run.seed)
@@ -198,8 +200,8 @@ def peer_result_of(run: Run, data: Path, steps: int) -> dict[str, float]:
     twin = px.torch.load_into(torch_twin(), leaves)
     layer = {"n_bits": run.nbits, "weight_threshold": THRESHOLD}
     layers = ["conv2"] if run.setting == "one layer" else ["conv1", "conv2", "dense1", "dense2"]
-    config = DKMPalettizerConfig.from_dict({"module_name_configs": dict.fromkeys(layers, layer)})
-    palettizer = DKMPalettizer(twin.train(), config)
+    config = library.DKMPalettizerConfig.from_dict({"module_name_configs": dict.fromkeys(layers, layer)})
+    palettizer = library.DKMPalettizer(twin.train(), config)
     model = palettizer.prepare()
     one_layer = run.setting == "one layer"
     optimizer = torch.optim.SGD(model.parameters(), 0.008) if one_layer else torch.optim.Adam(model.parameters(), 1e-3)
@@ -256,7 +258,7 @@ def draw(found: dict[str, dict[str, float]]) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, setting in zip(axes, [name for name, widths in SETTINGS.items() if len(widths) > 1], strict=True):
-        for method, marker in zip(METHODS, "vsoD^P", strict=True):
+        for method, marker in zip(METHODS, "vsoD^XP", strict=True):
             points = [
                 (b, [found[name]["accuracy"] for s in SEEDS if (name := Run(setting, b, method, s).name) in found])
                 for b in (1, 2, 4)
@@ -287,7 +289,7 @@ def main() -> None:
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() and not trial else {}
     wanted = [run for run in runs() if all(word.strip() in run.name for word in options.only.split(","))]
     for run in track([run for run in wanted if run.name not in found], description="networks"):
-        measure = peer_result_of if run.method == PEER else result_of
+        measure = torch_result_of if run.method in (TORCH, PEER) else result_of
         found[run.name] = measure(run, options.data, options.steps)
         print(run.name, found[run.name], flush=True)
         if not trial:

@@ -26,6 +26,29 @@ def leaf_names(paths: Sequence[Path], separator: str = "/") -> list[str]:
     ]
 
 
+def difference(treedef: Any, tree: Any) -> str:
+    """How the leaves of a tree differ from those of a structure, by name: its error messages print whole arrays.
+
+    Args:
+        treedef: the structure that is wanted.
+        tree: of another one.
+
+    Example:
+        >>> difference(jax.tree.structure({"a": 0, "b": 0}), {"a": 0, "c": 0})
+        "'b' is missing, 'c' is not known"
+    """
+    wanted = jax.tree.unflatten(treedef, range(treedef.num_leaves))
+    want, have = ([leaf_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(t)[0]] for t in (wanted, tree))
+    missing, unknown = [name for name in want if name not in have], [name for name in have if name not in want]
+    parts = [f"{_listed(missing)} missing"] * bool(missing) + [f"{_listed(unknown)} not known"] * bool(unknown)
+    return ", ".join(parts) or "the leaves have the same names, in containers of other types"
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{shown} {'is' if len(names) == 1 else 'are'}"
+
+
 def _is_wrapper(path: Path) -> bool:
     return len(path) > 1 and path[-1] == GetAttrKey("value")
 

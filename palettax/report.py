@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from palettax._paths import identity_of, leaf_names
+from palettax._paths import difference, identity_of, leaf_names
 from palettax._typing import Tree
 from palettax.clustering.points import distinct_count
 from palettax.leaf import PalettizedArray, depalettize, is_palettized, split_blocks
@@ -113,8 +113,8 @@ def report(
     paths, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_palettized)
     try:
         after = treedef.flatten_up_to(palettized)
-    except ValueError as error:
-        raise ValueError(f"params and palettized are different trees: {error}") from error
+    except ValueError:
+        raise ValueError(f"params and palettized are different trees: {difference(treedef, palettized)}") from None
     names = leaf_names([path for path, _ in paths])
     masses = (
         [None] * len(paths) if sensitivity is None else aligned(treedef, shared(params, sensitivity), "sensitivity")

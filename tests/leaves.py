@@ -14,12 +14,13 @@ import palettax as px
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 LEVELS = (np.int8, np.uint8, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
 NO_BUFFERS = {
-    "sparse": (dict(shape=(6, 4), mask=True), "it has a mask"),
-    "kept": (dict(shape=(6, 4), mask=True, kept=True), "it has a mask"),
-    "int8": (dict(shape=(6, 4), lut_dtype=np.int8), "its lut holds int8 levels"),
-    "uint8": (dict(shape=(6, 4), lut_dtype=np.uint8), "its lut holds uint8 levels"),
+    "kept": (dict(shape=(6, 4), mask=True, kept=True), "it has kept values"),
     "float8": (dict(shape=(6, 4), lut_dtype=ml_dtypes.float8_e4m3fn), "its lut holds float8_e4m3fn levels"),
     "blocks": (dict(shape=(6, 4), scale=(3, 1)), r"its scale \(3, 1\) has blocks along the weight \(6, 4\)"),
+    "blocks that tear vectors of levels": (
+        dict(shape=(6, 4), scale=(2, 4), vector=(1, 2), lut_dtype=np.int8),
+        r"its scale \(2, 4\) has blocks along the weight \(6, 4\)",
+    ),
 }
 """Arguments of `random_leaf` for what torch's buffers do not hold, and what the refusal says."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -22,10 +23,12 @@ class Rounding:
     Attributes:
         dtype: float16 or bfloat16; int8, uint8 or a float8, whose levels have a step; None to stay as it is.
         step_dtype: the float dtype that a step is stored in.
+        levels: the lowest and the highest integer level that is used, about zero; None for all there are.
     """
 
     dtype: np.dtype | None
     step_dtype: np.dtype
+    levels: tuple[int, int] | None = None
 
     def stored(
         self, lut: Float[jax.Array, "k d"], zero: Any
@@ -63,12 +66,17 @@ class Rounding:
         return self.dtype is not None and self.dtype not in HALVES
 
     def _levels(self, lut: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The numbers that levels are, and their step."""
+        """The numbers that levels are, and their step: the smallest with which no entry lies outside."""
         dtype = np.dtype(self.dtype)
-        top = level_values(dtype).max()
-        step = (abs(lut).max() / top).astype(self.step_dtype)
+        values = level_values(dtype)
+        low, high = (values.min(), values.max()) if self.levels is None else map(float, self.levels)
+        # Of a side without levels, all entries are clipped to zero.
+        sides = (
+            [side for side, end in ((lut / high, high), (lut / low, low)) if end] if self.levels else [abs(lut) / high]
+        )
+        step = jnp.maximum(functools.reduce(jnp.maximum, sides).max(), 0).astype(self.step_dtype)
         step = jnp.maximum(step, jnp.finfo(self.step_dtype).tiny)
-        numbers = jnp.clip(lut / step.astype(lut.dtype), -top, top)
+        numbers = jnp.clip(lut / step.astype(lut.dtype), low, high)
         integer = dtype in (np.int8, np.uint8)
         return jnp.round(numbers) if integer else numbers.astype(dtype).astype(lut.dtype), step
 
@@ -88,3 +96,12 @@ def narrow_dtype(dtype: Any) -> np.dtype | None:
     if narrow not in HALVES:
         level_values(narrow)  # refuses others
     return narrow
+
+
+def check_levels(levels: tuple[int, int], dtype: np.dtype | None) -> None:
+    """Refuse levels that tables of the dtype do not have."""
+    if dtype not in (np.int8, np.uint8):
+        raise ValueError(f"levels={levels!r} with lut_dtype={dtype}; only int8 and uint8 have integer levels")
+    integers = all(isinstance(end, int | np.integer) and not isinstance(end, bool) for end in levels)
+    if len(levels) != 2 or not integers or not -128 <= levels[0] <= 0 <= levels[1] <= 127 or levels[0] == levels[1]:
+        raise ValueError(f"levels={levels!r}; give the lowest, -128 to 0, and the highest, 0 to 127")

@@ -9,13 +9,16 @@ from typing import Any
 
 import coremltools as ct
 import numpy as np
+import torch
 
 from palettax.coreml.compare import rounded, same_bits
+from palettax.coreml.forms import in_package, target_of
 from palettax.coreml.package import op_name, open_model, operations
 from palettax.coreml.read import read_palettes
 from palettax.leaf import PalettizedArray, is_palettized
+from palettax.torch.load import tables_of
 from palettax.torch.names import flatten_names
-from palettax.torch.plain import check_plain
+from palettax.torch.plain import check_plain, has_levels
 
 _MIN_WEIGHT = 10
 
@@ -29,21 +32,23 @@ class LeafAudit:
         lut_identical: the table, rounded to the dtype of the package, is there bit for bit.
         indices_identical: so are the indices, and the axis of the vectors.
         scale_identical: so is the scale, or neither has one.
-        lut_dtype: the dtype of the table in the package.
-        lut_rounded: our table had to be rounded to that dtype.
+        mask_identical: so is the mask, or neither has one.
+        lut_dtype: the dtype of the table in the package; of levels, that and the dtype of their scale.
+        lut_rounded: our table, or its scale, had to be rounded to that dtype.
     """
 
     found: str | None = None
     lut_identical: bool = False
     indices_identical: bool = False
     scale_identical: bool = False
+    mask_identical: bool = False
     lut_dtype: str | None = None
     lut_rounded: bool = False
 
     @property
     def identical(self) -> bool:
         """Whether every part is there, bit for bit."""
-        return self.lut_identical and self.indices_identical and self.scale_identical
+        return self.lut_identical and self.indices_identical and self.scale_identical and self.mask_identical
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,32 +74,38 @@ class Audit:
         return bool(self.leaves) and not differs_elsewhere and all(leaf.identical for leaf in self.leaves.values())
 
     def __str__(self) -> str:
-        rows = [("leaf", "lut", "indices", "scale", "dtype"), *(_row(name, leaf) for name, leaf in self.leaves.items())]
-        rows += [(name, "dense", "x".join(map(str, shape)), "", dtype) for name, (shape, dtype) in self.dense.items()]
-        rows += [(name, "not asked for", "", "", "") for name in self.unasked]
+        rows = [("leaf", "lut", "indices", "scale", "mask", "dtype")]
+        rows += [_row(name, leaf) for name, leaf in self.leaves.items()]
+        rows += [
+            (name, "dense", "x".join(map(str, shape)), "", "", dtype) for name, (shape, dtype) in self.dense.items()
+        ]
+        rows += [(name, "not asked for", "", "", "", "") for name in self.unasked]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         verdict = "identical" if self.identical else "NOT identical" if self.leaves else "nothing to compare"
         return "\n".join([*lines, f"{len(self.leaves)} palettized: {verdict}; {len(self.dense)} dense"])
 
 
-def audit(mlmodel: ct.models.MLModel | str | Path, palettized: Mapping[str, Any]) -> Audit:
+def audit(mlmodel: ct.models.MLModel | str | Path, palettized: Mapping[str, Any] | torch.nn.Module) -> Audit:
     """Compare a package with the weights that were meant to go into it.
 
     Args:
         mlmodel: an mlprogram, or the path of one.
-        palettized: leaves by dotted torch name, or nested dicts of them; the dense ones are ignored.
+        palettized: leaves by dotted torch name, or nested dicts of them; the dense ones are ignored. Or a torch module,
+            for the tables that it carries in its buffers.
 
     Returns:
         The comparison, on raw bits; print it to read it.
 
     Raises:
-        ValueError: as in `read_palettes`, or a leaf with a mask or a lut of levels, which no package of ours holds.
+        ValueError: as in `read_palettes`, or a leaf with kept values or a table of float8, which no
+            package holds.
     """
     mlmodel = open_model(mlmodel)
     palettes = read_palettes(mlmodel)
-    leaves = flatten_names(palettized)
-    compared = {name: _compare(name, leaf, palettes) for name, leaf in leaves.items() if is_palettized(leaf)}
+    leaves = tables_of(palettized) if isinstance(palettized, torch.nn.Module) else flatten_names(palettized)
+    target = target_of(mlmodel)
+    compared = {name: _compare(name, leaf, palettes, target) for name, leaf in leaves.items() if is_palettized(leaf)}
     known = {op: name for name in leaves for op in _ops_of(name)}
     unasked = tuple(sorted(palettes.keys() - {leaf.found for leaf in compared.values()}))
     return Audit(compared, {known.get(op, op): found for op, found in _dense(mlmodel).items()}, unasked)
@@ -106,22 +117,31 @@ def _ops_of(name: str) -> tuple[str, ...]:
     return (plain, f"p_{plain}", f"b_{plain}")
 
 
-def _compare(name: str, ours: PalettizedArray, palettes: Mapping[str, PalettizedArray]) -> LeafAudit:
+def _compare(name: str, ours: PalettizedArray, palettes: Mapping[str, PalettizedArray], target: ct.target) -> LeafAudit:
     """One leaf beside its table."""
     check_plain(name, ours, blocked_scale=True)
     found = next((key for key in (name, *_ops_of(name)) if key in palettes), None)
     if found is None:
         return LeafAudit()
-    theirs = palettes[found]
-    expected = rounded(ours, theirs.dtype)
+    theirs, held = palettes[found], in_package(ours, target)
+    expected = rounded(held, theirs.dtype)
+    dtype = np.dtype(theirs.dtype).name
     return LeafAudit(
         found=found,
         lut_identical=same_bits(expected.lut, theirs.lut),
         indices_identical=same_bits(expected.indices, theirs.indices) and ours.vector_axis == theirs.vector_axis,
         scale_identical=same_bits(expected.scale, theirs.scale),
-        lut_dtype=np.dtype(theirs.dtype).name,
-        lut_rounded=not np.array_equal(np.asarray(ours.lut, np.float64), expected.lut.astype(np.float64)),
+        mask_identical=same_bits(expected.mask, theirs.mask),
+        lut_dtype=f"{theirs.lut.dtype} of {dtype}" if has_levels(theirs) else dtype,
+        lut_rounded=not (_same_numbers(held.lut, expected.lut) and _same_numbers(held.scale, expected.scale)),
     )
+
+
+def _same_numbers(one: Any, other: Any) -> bool:
+    """Whether two arrays of one shape, of whatever dtypes, hold the same numbers."""
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one.astype(np.float64), other.astype(np.float64))
 
 
 def _dense(mlmodel: ct.models.MLModel) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -138,7 +158,7 @@ def _dense(mlmodel: ct.models.MLModel) -> dict[str, tuple[tuple[int, ...], str]]
 
 def _row(name: str, leaf: LeafAudit) -> tuple[str, ...]:
     if leaf.found is None:
-        return (name, "missing", "missing", "missing", "-")
-    parts = (leaf.lut_identical, leaf.indices_identical, leaf.scale_identical)
+        return (name, *("missing",) * 4, "-")
+    parts = (leaf.lut_identical, leaf.indices_identical, leaf.scale_identical, leaf.mask_identical)
     words = tuple("identical" if part else "DIFFERENT" for part in parts)
     return (name, *words, f"{leaf.lut_dtype} (rounded)" if leaf.lut_rounded else str(leaf.lut_dtype))

@@ -8,29 +8,8 @@ from typing import Any
 import numpy as np
 
 from palettax.leaf import PalettizedArray
-
-
-def same_bits(one: Any, other: Any) -> bool:
-    """Whether two arrays have one shape, one dtype and the same bits; None equals None.
-
-    Args:
-        one: an array or None.
-        other: an array or None.
-
-    Returns:
-        The answer; -0 differs from 0, and a NaN equals the same NaN.
-
-    Example:
-        >>> same_bits(np.zeros(2), -np.zeros(2))
-        False
-    """
-    if one is None or other is None:
-        return one is other
-    one, other = np.ascontiguousarray(one), np.ascontiguousarray(other)
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    unsigned = f"u{one.dtype.itemsize}"
-    return bool(np.array_equal(one.view(unsigned), other.view(unsigned)))
+from palettax.torch.match import same_bits as same_bits
+from palettax.torch.plain import as_numpy, has_levels
 
 
 def same(one: PalettizedArray, other: PalettizedArray) -> bool:
@@ -49,21 +28,22 @@ def rounded(leaf: PalettizedArray, dtype: Any) -> PalettizedArray:
     """The leaf in the dtype of a package, as NumPy arrays.
 
     Args:
-        leaf: a palettized weight without a mask, its table in its own dtype.
+        leaf: a palettized weight without kept values.
         dtype: float16 or float32.
 
     Returns:
-        The leaf; its indices are unchanged.
+        The leaf; its indices, its mask, and a table of levels are unchanged.
     """
 
     def convert(values: Any) -> np.ndarray:
         # A program's constants are float32 before they are float16: rounding once from float64 could differ.
-        return np.asarray(values).astype(np.float32).astype(dtype)
+        with np.errstate(over="ignore"):
+            return np.asarray(values).astype(np.float32).astype(dtype)
 
+    leaf = as_numpy(leaf)
     return dataclasses.replace(
         leaf,
-        lut=convert(leaf.lut),
-        indices=np.asarray(leaf.indices),
+        lut=leaf.lut if has_levels(leaf) else convert(leaf.lut),
         scale=None if leaf.scale is None else convert(leaf.scale),
         dtype=np.dtype(dtype),
     )

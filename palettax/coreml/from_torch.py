@@ -9,20 +9,21 @@ from typing import Any
 import coremltools as ct
 import torch
 
-from palettax.coreml.forms import check_forms, parse_target
+from palettax.coreml.forms import check_forms, in_package, parse_target
 from palettax.coreml.frontend import Captured, export, needs_trace, trace
 from palettax.coreml.inject import PASS_NAME, Tables
 from palettax.coreml.read import record_leaves
-from palettax.coreml.scoped import casts_of_length_one, quiet
+from palettax.coreml.scoped import quiet
 from palettax.leaf import PalettizedArray, is_palettized
-from palettax.torch.load import tensors_by_name, write_weights
+from palettax.torch.conversion import fast_conversion
+from palettax.torch.load import tables_of, tensors_by_name, write_weights
 from palettax.torch.names import flatten_names
 
 
 def from_torch(
     model: torch.nn.Module,
     example_inputs: Any,
-    palettized: Mapping[str, Any],
+    palettized: Mapping[str, Any] | None = None,
     *,
     minimum_deployment_target: ct.target | str,
     compute_precision: Any = None,
@@ -35,9 +36,12 @@ def from_torch(
         model: the module; it is copied, and the copy is converted in eval mode.
         example_inputs: a tensor or a tuple of them.
         palettized: leaves by dotted torch name, or nested dicts of them, in torch's layout; `PalettizedArray` or
-            dense. Parameters it does not name keep the model's own weights.
+            dense. Parameters it does not name keep the model's own weights. None: the tables that the model carries in
+            its `_COREML_` buffers, as `load_into` and palettizers leave them.
         minimum_deployment_target: a member of `coremltools.target` or its name, from iOS16. iOS16 and iOS17 hold one
-            table of scalars per weight; groups, vectors and 3 bits need iOS18, a scale needs iOS26.
+            float table of scalars per weight; groups, vectors, 3 bits, levels, masks and scales need iOS18. A scale
+            without a mask is kept as it is from iOS26; at iOS18 it multiplies a float table into one per block, and
+            a table of levels is repeated for each block (`audit` knows).
         compute_precision: as in `coremltools.convert`; its default computes in float16 and rounds the tables to it.
         frontend: "export", "trace", or None: export, but trace where export does not convert or would convert wrongly.
         convert_options: the other options of `coremltools.convert`, `inputs` and `outputs` among them.
@@ -62,14 +66,16 @@ def from_torch(
     target = parse_target(minimum_deployment_target)
     if frontend not in (None, "export", "trace"):
         raise ValueError(f"frontend={frontend!r}; use 'export', 'trace' or None")
-    leaves = flatten_names(palettized)
+    leaves = tables_of(model) if palettized is None else flatten_names(palettized)
     check_forms({name: leaf for name, leaf in leaves.items() if is_palettized(leaf)}, target)
-    model, tables = _prepare(model, leaves)
+    held = {name: in_package(leaf, target) if is_palettized(leaf) else leaf for name, leaf in leaves.items()}
+    model, tables = _prepare(model, held)
     example_inputs = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
     example_inputs = tuple(x.float() if _is_foreign(x) else x for x in example_inputs)
     options = {"skip_model_load": True, "compute_precision": compute_precision, **convert_options}
     options["minimum_deployment_target"] = target
-    with quiet():
+    # Parameters that keep tables of their own, in the buffers of the model, are left to coremltools.
+    with quiet(), fast_conversion():
         return _convert_by(frontend, model, example_inputs, tables, options)
 
 
@@ -96,7 +102,7 @@ def _convert_by(
 ) -> ct.models.MLModel:
     """Convert by the frontend asked for, or by export and, where that does not do, by trace."""
     if frontend == "trace":
-        return _convert_traced(model, example_inputs, leaves, options)
+        return _convert(trace(model, example_inputs), model, leaves, options)
     try:
         captured = export(model, example_inputs)
         if frontend == "export" or not needs_trace(captured):
@@ -108,19 +114,9 @@ def _convert_by(
             raise
         failure = error
     try:
-        return _convert_traced(model, example_inputs, leaves, options)
+        return _convert(trace(model, example_inputs), model, leaves, options)
     except Exception as error:
         raise error from failure
-
-
-def _convert_traced(
-    model: torch.nn.Module,
-    example_inputs: tuple[Any, ...],
-    leaves: dict[str, PalettizedArray],
-    options: dict[str, Any],
-) -> ct.models.MLModel:
-    with casts_of_length_one():
-        return _convert(trace(model, example_inputs), model, leaves, options)
 
 
 def _convert(

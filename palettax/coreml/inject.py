@@ -13,8 +13,10 @@ from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
 from coremltools.converters.mil.mil.passes.helper import block_context_manager
 from coremltools.converters.mil.mil.passes.pass_registry import register_pass
 
+from palettax.clustering.levels import ZERO_LEVEL
 from palettax.coreml.package import Op, op_name
 from palettax.leaf import PalettizedArray, pack
+from palettax.torch.plain import as_numpy, has_levels, table_scale
 
 # Its ops are attributes that no type declares.
 mb: Any = Builder
@@ -86,11 +88,18 @@ def _holds(op: Op, leaf: PalettizedArray) -> bool:
 
 
 def _flushed(leaf: PalettizedArray) -> PalettizedArray:
-    """The leaf without entries that float16 rounds to zero: coremltools would raise those to its smallest number."""
-    lut = np.asarray(leaf.lut)
-    with np.errstate(over="ignore"):
-        half = lut.astype(np.float16)
-    return dataclasses.replace(leaf, lut=np.where(half == 0, half.astype(lut.dtype), lut))
+    """The leaf without numbers that float16 rounds to zero: coremltools would raise those to its smallest number."""
+
+    def flush(values: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        return np.where(half == 0, half.astype(values.dtype), values)
+
+    return dataclasses.replace(
+        leaf,
+        lut=leaf.lut if has_levels(leaf) else flush(np.asarray(leaf.lut)),
+        scale=None if leaf.scale is None else flush(np.asarray(leaf.scale)),
+    )
 
 
 def _replace(block: Block, op: Op, leaf: PalettizedArray, name: str) -> None:
@@ -104,32 +113,81 @@ def table_op(leaf: PalettizedArray, dtype: np.dtype, name: str, before: Op) -> V
     """Build the ops that stand for a palettized weight, in the form that the program's opset has.
 
     Args:
-        leaf: the weight.
+        leaf: the weight, as `in_package` has it.
         dtype: the dtype the program computes in.
-        name: what to call the op.
+        name: what to call the op of the table.
         before: the op to insert it before.
 
     Returns:
         The variable that holds the weight.
     """
-    lut, indices = np.asarray(leaf.lut).astype(dtype), np.asarray(leaf.indices)
-    if _is_packed_form(before):
-        packed = {
-            "indices": pack(indices, leaf.nbits),
-            "lut": lut.reshape(-1),
-            "shape": np.array(leaf.shape, np.uint32),
-        }
-        return mb.constexpr_lut_to_dense(**packed, name=name, before_op=before)
-    # NumPy has no integer of that width: coremltools tags a uint8 with it.
-    width = types.nptype_from_builtin(types.string_to_builtin(f"uint{leaf.nbits}"))
+    leaf = dataclasses.replace(
+        as_numpy(leaf),
+        lut=np.asarray(leaf.lut) if has_levels(leaf) else np.asarray(leaf.lut).astype(dtype),
+        scale=None if leaf.scale is None else np.asarray(leaf.scale).astype(dtype),
+        dtype=dtype,
+    )
+    opset = before.enclosing_block.opset_version
+    if opset < ct.target.iOS18:
+        return _packed(leaf, name, before)
+    if leaf.mask is not None:
+        return _sparse(leaf, name, before)
+    return _dense(leaf, name, before, scale_in_front=opset < ct.target.iOS26)
+
+
+def _packed(leaf: PalettizedArray, name: str, before: Op) -> Var:
+    """The form before iOS18: a stream of bits, a flat table, a shape."""
+    indices, shape = pack(np.asarray(leaf.indices), leaf.nbits), np.array(leaf.shape, np.uint32)
+    return mb.constexpr_lut_to_dense(
+        indices=indices, lut=leaf.lut.reshape(-1), shape=shape, name=name, before_op=before
+    )
+
+
+def _dense(leaf: PalettizedArray, name: str, before: Op, scale_in_front: bool) -> Var:
+    """A table in the form of iOS18, its scale in front of the lookup or behind it."""
     vector = {} if leaf.vector_axis is None else {"vector_axis": np.int32(leaf.vector_axis)}
-    weight = mb.constexpr_lut_to_dense(indices=indices.astype(width), lut=lut, **vector, name=name, before_op=before)
-    if leaf.scale is None:
+    indices = leaf.indices.astype(_unsigned(leaf.nbits))
+    lut, scale = leaf.lut, leaf.scale
+    if scale is not None and scale_in_front:
+        in_front = table_scale(leaf)
+        lut = mb.constexpr_blockwise_shift_scale(
+            data=lut, scale=in_front, **_offset(leaf, in_front), name=f"{name}_lut", before_op=before
+        )
+    weight = mb.constexpr_lut_to_dense(indices=indices, lut=lut, **vector, name=name, before_op=before)
+    if scale is None or scale_in_front:
         return weight
-    scale = np.asarray(leaf.scale).astype(dtype)
-    return mb.constexpr_blockwise_shift_scale(data=weight, scale=scale, name=f"{name}_scaled", before_op=before)
+    return mb.constexpr_blockwise_shift_scale(
+        data=weight, scale=scale, **_offset(leaf, scale), name=f"{name}_scaled", before_op=before
+    )
 
 
-def _is_packed_form(op: Op) -> bool:
-    """Whether the program is of an opset before iOS18."""
-    return op.enclosing_block.opset_version < ct.target.iOS18
+def _sparse(leaf: PalettizedArray, name: str, before: Op) -> Var:
+    """A table for the weights inside the mask, and zeros elsewhere."""
+    inside = np.asarray(leaf.mask)
+    mask, values = mb.constexpr_lut_to_sparse(
+        indices_mask=inside.astype(_unsigned(1)),
+        indices_nonzero_data=leaf.indices[inside].astype(_unsigned(leaf.nbits)),
+        lut=leaf.lut,
+        name=name,
+        before_op=before,
+    )
+    if leaf.scale is not None:
+        mask, values = mb.constexpr_sparse_blockwise_shift_scale(
+            data_mask=mask,
+            nonzero_data=values,
+            scale=leaf.scale,
+            **_offset(leaf, leaf.scale),
+            name=f"{name}_scaled",
+            before_op=before,
+        )
+    return mb.constexpr_sparse_to_dense(nonzero_data=values, mask=mask, name=f"{name}_dense", before_op=before)
+
+
+def _unsigned(nbits: int) -> Any:
+    """An integer of that width: NumPy has none, coremltools tags a uint8 with it."""
+    return types.nptype_from_builtin(types.string_to_builtin(f"uint{nbits}"))
+
+
+def _offset(leaf: PalettizedArray, scale: Any) -> dict[str, np.ndarray]:
+    """What unsigned levels store for zero, beside their scale."""
+    return {"offset": np.full(scale.shape, ZERO_LEVEL, np.uint8)} if leaf.lut.dtype == np.uint8 else {}

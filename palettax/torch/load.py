@@ -11,8 +11,8 @@ import torch
 
 from palettax.leaf import PalettizedArray, depalettize, is_palettized
 from palettax.torch.names import flatten_names, nearest, owner_and_attribute
-from palettax.torch.plain import check_plain
-from palettax.torch.state_dict import VERSION, metadata, metadata_prefix, metadata_version
+from palettax.torch.plain import as_numpy, check_plain
+from palettax.torch.state_dict import VERSION, metadata, metadata_prefix, metadata_version, to_params
 from palettax.torch.tensors import numpy_dtype, to_numpy, to_tensor
 
 
@@ -20,7 +20,8 @@ def load_into(model: torch.nn.Module, palettized: Mapping[str, Any]) -> torch.nn
     """Write weights and their lookup tables into a module, which `coremltools.convert` then keeps as tables.
 
     Nothing is written unless everything fits. Parameters that `palettized` does not name are left alone; a tied
-    parameter carries the buffers on each module that owns it.
+    parameter carries the buffers on each module that owns it. Buffers that a parameter has, from a pruner or from an
+    earlier call, are replaced.
 
     Args:
         model: the module to write into, on any device.
@@ -31,7 +32,7 @@ def load_into(model: torch.nn.Module, palettized: Mapping[str, Any]) -> torch.nn
 
     Raises:
         ValueError: a name that the model does not have, a shape that differs, two values for one tied parameter, or a
-            leaf with a mask, a lut of levels or a scale in blocks, for which there are no buffers.
+            leaf with kept values, a lut of float8 or a scale in blocks, for which there are no buffers.
 
     Example:
         >>> lut = np.array([-1.0, 0.5], np.float32).reshape(1, 1, 2, 1)
@@ -82,6 +83,33 @@ def write_weights(model: torch.nn.Module, palettized: Mapping[str, Any]) -> dict
     return leaves
 
 
+def tables_of(model: torch.nn.Module) -> dict[str, PalettizedArray]:
+    """The palettized weights that a module carries in its buffers.
+
+    Args:
+        model: from `load_into`, or from a palettizer of this package or of coremltools.
+
+    Returns:
+        The leaves by dotted name; without dense parameters.
+
+    Raises:
+        ValueError: it carries none, or as in `to_params`.
+
+    Example:
+        >>> lut = np.array([-1.0, 0.5], np.float32).reshape(1, 1, 2, 1)
+        >>> leaf = PalettizedArray(lut, np.array([[0, 1, 1]], np.uint8), nbits=1)
+        >>> list(tables_of(load_into(torch.nn.Linear(3, 1), {"weight": leaf})))
+        ['weight']
+    """
+    leaves = {name: leaf for name, leaf in to_params(model.state_dict()).items() if isinstance(leaf, PalettizedArray)}
+    if not leaves:
+        raise ValueError(
+            f"the {type(model).__name__} holds no lookup tables: no parameter has _COREML_ buffers that say [2]; pass "
+            "`palettized`, or convert a dense model with coremltools itself"
+        )
+    return leaves
+
+
 def tensors_by_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and buffer by every dotted name it has, the tied ones under each."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
@@ -107,7 +135,7 @@ def _fit(name: str, leaf: Any, targets: Mapping[str, torch.Tensor]) -> Any:
             f"{name}: the leaf has shape {tuple(leaf.shape)}, the model's parameter {tuple(target.shape)}; "
             "weights in flax's layout go through palettax.torch.from_flax first"
         )
-    return _cast(leaf, numpy_dtype(target.dtype)) if is_palettized(leaf) else leaf
+    return _cast(as_numpy(leaf), numpy_dtype(target.dtype)) if is_palettized(leaf) else leaf
 
 
 def _cast(leaf: PalettizedArray, dtype: np.dtype) -> PalettizedArray:

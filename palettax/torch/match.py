@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 
@@ -12,6 +14,7 @@ def match_indices(
     *,
     vector_axis: int | None = None,
     scale: Float[np.ndarray, "*scale"] | None = None,
+    mask: Bool[np.ndarray, "*shape"] | None = None,
 ) -> tuple[UInt8[np.ndarray, "*indices"], int]:
     """Read off which table entry each weight is.
 
@@ -20,6 +23,7 @@ def match_indices(
         lut: one table per block of the weight, in the weight's dtype.
         vector_axis: the axis the vectors of the table lie along, if they are longer than 1.
         scale: of the weight's rank and dtype, broadcasts to the weight.
+        mask: False where a weight is on no table: there the index is 0. Scalars only.
 
     Returns:
         The indices, the lowest one where entries repeat, and how many of them had no equal entry.
@@ -45,9 +49,35 @@ def match_indices(
             part = scale[tuple(i if s else slice(None) for i, s in zip(inside, scaled, strict=True))]
             table = table * part.reshape(-1)
         found, hit = _match_rows(_rows(weight[inside], vector_axis, lut.shape[-1]), table)
+        if mask is not None:
+            inner = mask[inside].reshape(-1)
+            found, hit = np.where(inner, found, 0), hit | ~inner
         indices[here] = found.reshape(indices[here].shape)
         missing += int(hit.size - hit.sum())
     return indices, missing
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Whether two arrays have one shape, one dtype and the same bits; None equals None.
+
+    Args:
+        one: an array or None.
+        other: an array or None.
+
+    Returns:
+        The answer; -0 differs from 0, and a NaN equals the same NaN.
+
+    Example:
+        >>> same_bits(np.zeros(2), -np.zeros(2))
+        False
+    """
+    if one is None or other is None:
+        return one is other
+    one, other = np.ascontiguousarray(one), np.ascontiguousarray(other)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    unsigned = f"u{one.dtype.itemsize}"
+    return bool(np.array_equal(one.view(unsigned), other.view(unsigned)))
 
 
 def _rows(block: Shaped[np.ndarray, ...], axis: int | None, vector: int) -> Shaped[np.ndarray, "n vector"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +11,27 @@ import numpy as np
 import torch
 
 from palettax._typing import NBITS
-from palettax.leaf import PalettizedArray, is_palettized
-from palettax.torch.match import match_indices
+from palettax.clustering.levels import ZERO_LEVEL
+from palettax.leaf import PalettizedArray, is_palettized, multiply_scales
+from palettax.torch.match import match_indices, same_bits
 from palettax.torch.names import flatten_names, owner_and_attribute
-from palettax.torch.plain import broadcasts, check_plain
+from palettax.torch.plain import (
+    as_numpy,
+    broadcasts,
+    check_plain,
+    has_levels,
+    scaled_lut,
+    spread,
+    table_scale,
+    tables_per_scale,
+)
 from palettax.torch.tensors import to_numpy, to_tensor
 
 VERSION = "_COREML_/metadata_version"
-_PALETTIZED, _QUANTIZED = 2, 3
+_PRUNED, _PALETTIZED, _QUANTIZED = 1, 2, 3
+_TABLES = [_PALETTIZED], [_PALETTIZED, _QUANTIZED], [_PRUNED, _PALETTIZED], [_PRUNED, _PALETTIZED, _QUANTIZED]
+# Levels behind a scale that is not their table's are written as level / 2^7, about the size of the scaled weights.
+_SHIFT = 7
 _BUFFER = re.compile(r"(?P<module>.*\.)?_COREML_/(?P<parameter>.+)/(?P<field>[^/]+)")
 
 
@@ -26,10 +40,13 @@ def to_params(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray | Palettize
 
     Args:
         state_dict: tensors by dotted name. `_COREML_/...` buffers, from `to_state_dict`, `load_into` or
-            coremltools' own palettizers, are consumed: their parameter becomes a `PalettizedArray`.
+            coremltools' own palettizers, are consumed: their parameter becomes a `PalettizedArray`, or stays dense
+            where they only say that it was pruned.
 
     Returns:
-        The leaves by the same names, in the same order. Dense ones share memory with tensors on the CPU.
+        The leaves by the same names, in the same order. Dense ones share memory with tensors on the CPU. A quantized
+        table comes back as levels where they, and one scale, give it bit for bit, else as floats. Zeros of a pruned
+        weight are outside its mask.
 
     Raises:
         ValueError: a buffer without its parameter or in a form that is no lookup table, a weight that is not on its
@@ -56,24 +73,27 @@ def to_params(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray | Palettize
         raise ValueError(
             f"{min(orphans)}: its _COREML_ buffers are here, the parameter is not; pass the whole state dict"
         )
-    return {name: _palettized(name, leaf, buffers[name]) if name in buffers else leaf for name, leaf in dense.items()}
+    return {name: _read(name, leaf, buffers[name]) if name in buffers else leaf for name, leaf in dense.items()}
 
 
 def to_state_dict(palettized: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Write parameters as a torch state dict: dense tensors, plus the buffers that carry the lookup tables.
 
-    `to_params(to_state_dict(x))` gives x back; where a table repeats an entry, its lowest index.
+    `to_params(to_state_dict(x))` gives x back, but: where a table repeats an entry, its lowest index; a weight that is
+    zero, or -0, outside the mask if there is one; and a table for each block of the scale, if levels have a scale in
+    blocks that are neither their groups nor channels.
 
     Args:
         palettized: leaves by dotted name, or nested dicts of them; `PalettizedArray` or dense.
 
     Returns:
         New tensors by dotted name, in the dtype of their leaf. A palettized `conv.weight` comes with
-        `conv._COREML_/weight/{compression_type,lut,vector_axis,palettization_scale}`.
+        `conv._COREML_/weight/{compression_type,lut,vector_axis,palettization_scale}`, a table of levels also with
+        `{quantization_n_bits,quantization_scale,zero_point}`.
 
     Raises:
-        ValueError: two leaves of one name, a dtype that torch does not have, or a leaf with a mask, a lut of levels or
-            a scale in blocks, for which there are no buffers.
+        ValueError: two leaves of one name, a dtype that torch does not have, or a leaf with kept values, a lut of
+            float8 or a scale in blocks, for which there are no buffers.
 
     Example:
         >>> lut = np.array([-1.0, 0.5], np.float32).reshape(1, 1, 2, 1)
@@ -86,6 +106,7 @@ def to_state_dict(palettized: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         if not is_palettized(leaf):
             state[name] = to_tensor(name, leaf)
             continue
+        leaf = as_numpy(leaf)
         state[name] = to_tensor(name, leaf.depalettize())
         module, parameter = owner_and_attribute(name)
         prefix = f"{module}." if module else ""
@@ -110,12 +131,40 @@ def metadata(name: str, parameter: str, leaf: PalettizedArray) -> dict[str, torc
         ValueError: the leaf is in a form for which there are no buffers.
     """
     check_plain(name, leaf, blocked_scale=False)
-    fields = {"compression_type": np.array([_PALETTIZED], np.int64), "lut": leaf.lut}
+    fields = _levels_fields(leaf) if has_levels(leaf) else {"lut": leaf.lut, "palettization_scale": leaf.scale}
+    applied = (_PRUNED, leaf.mask is not None), (_PALETTIZED, True), (_QUANTIZED, has_levels(leaf))
+    fields["compression_type"] = np.array([kind for kind, done in applied if done], np.int64)
     if leaf.vector_axis is not None:
         fields["vector_axis"] = np.array(leaf.vector_axis, np.int64)
-    if leaf.scale is not None:
-        fields["palettization_scale"] = leaf.scale
-    return {f"{metadata_prefix(parameter)}{field}": to_tensor(name, value) for field, value in fields.items()}
+    present = {field: value for field, value in sorted(fields.items()) if value is not None}
+    return {f"{metadata_prefix(parameter)}{field}": to_tensor(name, value) for field, value in present.items()}
+
+
+def _levels_fields(leaf: PalettizedArray) -> dict[str, Any]:
+    """The table of a leaf of levels as floats, and what makes levels of them."""
+    leaf, behind = as_numpy(leaf), None
+    scale: Any = leaf.scale
+    step: Any = table_scale(leaf)
+    if step is None or step.shape[-1] > 1:
+        leaf, behind = _shifted(leaf) if broadcasts(scale.shape, leaf.shape) else (tables_per_scale(leaf), None)
+        step = table_scale(leaf)
+    return {
+        "lut": scaled_lut(leaf),
+        "palettization_scale": behind,
+        "quantization_n_bits": np.array(8, np.int64),
+        "quantization_scale": step,
+        "zero_point": np.full(step.shape, ZERO_LEVEL, np.uint8) if leaf.lut.dtype == np.uint8 else None,
+    }
+
+
+def _shifted(leaf: PalettizedArray) -> tuple[PalettizedArray, np.ndarray]:
+    """The leaf with a power of two for its scale, and the scale to put behind it; nothing is rounded."""
+    scale = np.asarray(leaf.scale)
+    with np.errstate(over="ignore"):
+        scales = {shift: scale * leaf.dtype.type(2.0**shift) for shift in range(_SHIFT, -1, -1)}
+    shift = next((shift for shift, behind in scales.items() if np.isfinite(behind).all()), 0)
+    one = np.full((1,) * leaf.ndim, 2.0**-shift, leaf.dtype)
+    return dataclasses.replace(leaf, scale=one), scales[shift]
 
 
 def metadata_prefix(parameter: str) -> str:
@@ -128,10 +177,12 @@ def metadata_version() -> torch.Tensor:
     return torch.tensor(1)
 
 
-def _palettized(name: str, weight: np.ndarray, fields: dict[str, np.ndarray]) -> PalettizedArray:
+def _read(name: str, weight: np.ndarray, fields: dict[str, np.ndarray]) -> np.ndarray | PalettizedArray:
     """One dense weight and its buffers, as tables and indices."""
     types = fields.get("compression_type", np.zeros(0, int)).reshape(-1).tolist()
-    if types not in ([_PALETTIZED], [_PALETTIZED, _QUANTIZED]) or "lut" not in fields:
+    if types == [_PRUNED]:
+        return weight
+    if types not in _TABLES or "lut" not in fields:
         raise ValueError(
             f"{name}: compression_type {types} with the buffers {sorted(fields)} is no lookup table ([2] and lut); "
             "remove its _COREML_ buffers to read it as a dense weight"
@@ -149,14 +200,42 @@ def _palettized(name: str, weight: np.ndarray, fields: dict[str, np.ndarray]) ->
     vectors = [lut.shape[-1] if a == axis else 1 for a in range(weight.ndim)]
     if any(n % (v * g) for n, v, g in zip(weight.shape, vectors, lut.shape[:-2], strict=True)):
         raise ValueError(f"{name}: a lut of shape {lut.shape} does not divide the weight {weight.shape}")
-    indices, missing = match_indices(weight, lut, vector_axis=axis, scale=scale)
+    # Elements of a vector share an index, so there the zeros of a pruned weight have to be on the table.
+    mask = weight != 0 if _PRUNED in types and axis is None else None
+    indices, missing = match_indices(weight, lut, vector_axis=axis, scale=scale, mask=mask)
     if missing:
         raise ValueError(
             f"{name}: {missing} of {indices.size} entries are not on the table (was the weight changed or cast after "
             "it was palettized?); palettize it again, or remove its _COREML_ buffers"
         )
     nbits = lut.shape[-2].bit_length() - 1
-    return PalettizedArray(lut, indices, scale, nbits=nbits, vector_axis=axis).validate()
+    leaf = PalettizedArray(lut, indices, scale, nbits=nbits, vector_axis=axis, mask=mask).validate()
+    return _with_levels(leaf, fields) if _QUANTIZED in types else leaf
+
+
+def _with_levels(leaf: PalettizedArray, fields: dict[str, np.ndarray]) -> PalettizedArray:
+    """The leaf with the levels that its float table was made of; the leaf itself where they do not give it back."""
+    step, zero = fields.get("quantization_scale"), fields.get("zero_point")
+    bits = int(fields.get("quantization_n_bits", np.array(8)))
+    if step is None or bits != 8 or step.ndim != leaf.lut.ndim or step.shape[-2:] != (1, 1):
+        return leaf
+    if any(g % s for g, s in zip(leaf.groups, step.shape, strict=False)):
+        return leaf
+    if zero is not None and (zero != (ZERO_LEVEL if zero.dtype == np.uint8 else 0)).any():
+        return leaf
+    step = step[..., 0, 0].astype(leaf.dtype)
+    with np.errstate(all="ignore"):
+        found = np.rint(leaf.lut.astype(np.float64) / spread(step, leaf.groups)[..., None, None].astype(np.float64))
+        found = np.nan_to_num(found).clip(-128, 127)
+    unsigned = zero is not None and zero.dtype == np.uint8
+    levels = (found + ZERO_LEVEL).astype(np.uint8) if unsigned else found.astype(np.int8)
+    small = dataclasses.replace(leaf, lut=levels, scale=step)
+    if not same_bits(scaled_lut(small), leaf.lut):
+        return leaf
+    if leaf.scale is None:
+        return small.validate()
+    small = dataclasses.replace(small, scale=multiply_scales(leaf.scale, step)).validate()
+    return small if same_bits(small.depalettize(), leaf.depalettize()) else leaf
 
 
 def _whole_table(name: str, lut: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import torch
@@ -75,3 +76,38 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype:
         'bfloat16'
     """
     return to_numpy("", torch.empty((), dtype=dtype)).dtype
+
+
+def to_jax(tensor: torch.Tensor) -> jax.Array:
+    """A tensor as a JAX array, sharing memory where both are on one device.
+
+    Args:
+        tensor: dense, on any device.
+
+    Returns:
+        The array, on the tensor's device if JAX has it, else on JAX's own.
+
+    Example:
+        >>> to_jax(torch.arange(3.0)).tolist()
+        [0.0, 1.0, 2.0]
+    """
+    on_both = tensor.device.type == "cpu" or (tensor.device.type == "cuda" and jax.default_backend() == "gpu")
+    tensor = tensor.detach().contiguous()
+    return jax.dlpack.from_dlpack(tensor if on_both else tensor.cpu())
+
+
+def to_torch(array: jax.Array, device: torch.device) -> torch.Tensor:
+    """A JAX array as a tensor, sharing memory where both are on one device.
+
+    Args:
+        array: a finished or a running computation.
+        device: where the tensor is to be.
+
+    Returns:
+        The tensor. Writing into it in place writes into the array.
+
+    Example:
+        >>> to_torch(jax.numpy.arange(3.0), torch.device("cpu")).tolist()
+        [0.0, 1.0, 2.0]
+    """
+    return torch.from_dlpack(jax.block_until_ready(array)).to(device)

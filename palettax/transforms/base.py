@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from palettax._paths import identity_of, leaf_names
+from palettax._paths import difference, identity_of, leaf_names
 from palettax._typing import Tree, is_traced
 from palettax.leaf import PalettizedArray, depalettize, is_palettized
 
@@ -133,8 +133,9 @@ def aligned(treedef: Any, tree: Tree, name: str) -> list[Any]:
     """The leaves of a tree at the places of the leaves of params, or a `ValueError` that says it has others."""
     try:
         return treedef.flatten_up_to(tree)
-    except ValueError as error:
-        raise ValueError(f"{name} has another structure than params; give it one entry per leaf. {error}") from error
+    except ValueError:
+        how = difference(treedef, tree)
+        raise ValueError(f"{name} has another structure than params; give it one entry per leaf: {how}") from None
 
 
 def identity() -> PaletteTransformation:

@@ -22,6 +22,8 @@ def dkm(
     milestone: int = 0,
     weight_threshold: int = 2048,
     lut_dtype: Any = None,
+    levels: tuple[int, int] | None = None,
+    zero_entry: bool = False,
     adjoint: Adjoint = IMPLICIT,
     max_steps: int = 10,
     tol: float = 1e-3,
@@ -50,6 +52,10 @@ def dkm(
         weight_threshold: leaves of at most this many weights stay dense.
         lut_dtype: what tables are rounded to in training as in storage, with straight-through gradients: float16,
             bfloat16, int8, uint8, float8_e4m3fn or float8_e5m2; None for the dtype of the weights.
+        levels: for int8 and uint8, the lowest and the highest level that is used, about zero: (-7, 7) has 15; None for
+            (-127, 127).
+        zero_entry: whether every table keeps an entry that is zero; scalars only. `keep_zeros` does so where there are
+            zeros to keep.
         adjoint: `Implicit()`, `Unrolled()` or `OneStep()`: how the gradient goes through the steps.
         max_steps: steps of soft k-means in an update, at most.
         tol: they end when no entry moves by more than this, in about widths of a cell.
@@ -86,6 +92,8 @@ def dkm(
             way=Way(adjoint, max_steps, relative, repair=True),
             tol=tol,
             key=key,
+            levels=levels,
+            zero_entry=zero_entry,
         )
     )
 

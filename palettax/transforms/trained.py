@@ -24,7 +24,7 @@ from palettax.clustering.checks import (
     resolve_method,
 )
 from palettax.clustering.kmeans import kmeans_groups
-from palettax.clustering.rounding import Rounding
+from palettax.clustering.rounding import Rounding, check_levels
 from palettax.clustering.soft import SoftFit, Way, soft_groups
 from palettax.leaf import Granularity, PalettizedArray, depalettize, level_numbers, merge_blocks
 from palettax.transforms.base import PaletteTransformation, is_node, map_leaves, placed_like, shared, with_gradient_of
@@ -61,6 +61,8 @@ class Following:
         milestone: the update in which the first table is made.
         weight_threshold: leaves of at most this many weights stay dense.
         lut_dtype: what tables are rounded to, as they are stored.
+        levels: the lowest and the highest level of such a table; None for all there are.
+        zero_entry: whether every table has an entry that is zero.
         way: how soft k-means goes.
         tol: where it stops.
         key: for vectors.
@@ -77,11 +79,17 @@ class Following:
     tol: float
     key: PRNGKey | None
     hard: bool = False
+    levels: tuple[int, int] | None = None
+    zero_entry: bool = False
 
     def __post_init__(self) -> None:
         check_nbits(self.nbits)
         check_granularity(self.granularity)
         resolve_method(None, self.granularity.vector_size, self.key)
+        if self.zero_entry and self.granularity.vector_size > 1:
+            raise ValueError("zero_entry=True with vectors, whose entries are not zero in part; use scalars")
+        if self.levels is not None:
+            check_levels(self.levels, self.lut_dtype)
         for name in ("milestone", "weight_threshold"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
@@ -145,7 +153,7 @@ def following(how: Following) -> PaletteTransformation:
         flat = lut.reshape(-1, *lut.shape[-2:])
         if how.milestone:
             flat = _choose(count <= how.milestone, lambda: first_lut(name, leaf).astype(lut.dtype), lambda: flat)
-        rounding = Rounding(how.lut_dtype, np.dtype(leaf.rows.dtype))
+        rounding = Rounding(how.lut_dtype, np.dtype(leaf.rows.dtype), how.levels)
         as_is = how.lut_dtype is None and leaf.zero is None
         way = how.way if as_is else dataclasses.replace(how.way, finish=rounding)
         start, temperature = jax.lax.stop_gradient(flat), how.temperature(count)
@@ -171,7 +179,7 @@ def following(how: Following) -> PaletteTransformation:
     @float64_stays
     def init_leaf(name: str, weights: Array) -> Array:
         check_finite(weights)
-        leaf = _seen(how.granularity, name, weights, None)
+        leaf = _seen(how, name, weights, None)
         if how.milestone:  # it will be made then
             shape = leaf.rows.shape[0], 2**how.nbits, leaf.cut.vector_size
             lut = jnp.zeros(shape, lut_dtype(weights))
@@ -184,7 +192,7 @@ def following(how: Following) -> PaletteTransformation:
         name: str, weights: Array, sensitivity: Array | None, lut: Array, count: Array
     ) -> tuple[Array, Array, Array]:
         """Values, the next table, and whether the leaf is skipped."""
-        leaf = _seen(how.granularity, name, weights, sensitivity)
+        leaf = _seen(how, name, weights, sensitivity)
         sound = jnp.isfinite(leaf.rows).all()
         if leaf.mass is not None:
             sound &= jnp.isfinite(leaf.mass).all()
@@ -209,7 +217,7 @@ def following(how: Following) -> PaletteTransformation:
 
     @float64_stays
     def store_leaf(name: str, weights: Array, sensitivity: Array | None, lut: Array, count: Array) -> PalettizedArray:
-        leaf = _seen(how.granularity, name, weights, sensitivity)
+        leaf = _seen(how, name, weights, sensitivity)
         check_finite(leaf.rows)
         fit, rounding = solve(name, leaf, lut, count)
         return store(leaf, fit.lut, rounding)
@@ -247,18 +255,18 @@ def following(how: Following) -> PaletteTransformation:
     return PaletteTransformation(init, update, finalize)
 
 
-def _seen(granularity: Granularity, name: str, weights: Array, sensitivity: Array | None) -> _Leaf:
+def _seen(how: Following, name: str, weights: Array, sensitivity: Array | None) -> _Leaf:
     """A leaf with what its sensitivities say of elements that are left out, or are to stay zero."""
     check_sensitivity(sensitivity, weights, infinite=True)
-    cut = Cut.of(granularity, name, tuple(weights.shape))
+    cut = Cut.of(how.granularity, name, tuple(weights.shape))
     rows = cut.rows(jnp.asarray(weights))
     mass = None if sensitivity is None else cut.rows(jnp.asarray(sensitivity))
     if cut.vector_size > 1:
         return _Leaf(cut, rows, mass, None)
-    zero = None
+    zero = jnp.ones(len(rows), bool) if how.zero_entry else None
     if mass is not None:
         pinned = jnp.isinf(mass)
-        zero, hidden = pinned.any(axis=1), pinned | hidden_elements(mass)
+        zero, hidden = pinned.any(axis=1) | how.zero_entry, pinned | hidden_elements(mass)
         rows, mass = jnp.where(hidden, 0, rows), jnp.where(hidden, 0, mass)[..., None]
     return _Leaf(cut, rows[..., None], mass, zero)
 

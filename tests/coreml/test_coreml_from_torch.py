@@ -12,10 +12,12 @@ import torch
 from coreml_models import Deconvolution, Mixed, Mnist
 
 from palettax.coreml import audit, from_torch, read_palettes
+from palettax.torch import load_into, to_params
 from tests.leaves import random_leaf
 
 FRONTENDS = ("export", "trace")
 FLOAT32 = ct.precision.FLOAT32
+FLOAT8 = ml_dtypes.float8_e5m2
 
 
 def _saved(mlmodel, tmp_path):
@@ -66,7 +68,21 @@ CASES = {
     "both axes": lambda shape: {"groups": (2, 3, *(1,) * (len(shape) - 2))},
     "vectors": lambda shape: {"vector": (1, 2)},
     "grouped vectors": lambda shape: {"nbits": 4, "groups": (2, 3, *(1,) * (len(shape) - 2)), "vector": (0, 2)},
+    "levels": lambda shape: {"lut_dtype": np.int8},
+    "grouped levels": lambda shape: {"lut_dtype": np.uint8, "groups": (4, *(1,) * (len(shape) - 1))},
+    "levels of vectors": lambda shape: {"lut_dtype": np.uint8, "nbits": 4, "vector": (1, 2)},
+    "levels behind a scale": lambda shape: {"lut_dtype": np.int8, "groups": _rows(shape, 4), "scale": _rows(shape)},
+    "scale": lambda shape: {"nbits": 4, "scale": _rows(shape)},
+    "scale along the vectors": lambda shape: {"nbits": 4, "scale": _rows(shape), "vector": (0, 2)},
+    "mask": lambda shape: {"mask": True},
+    "grouped mask": lambda shape: {"mask": True, "groups": (2, 3, *(1,) * (len(shape) - 2))},
+    "mask and scale": lambda shape: {"mask": True, "scale": _rows(shape)},
+    "mask and levels": lambda shape: {"mask": True, "groups": _rows(shape, 4), "lut_dtype": np.uint8},
 }
+
+
+def _rows(shape, count=None):
+    return (count or shape[0], *(1,) * (len(shape) - 1))
 
 
 def _check(model, leaves, target, frontend, tmp_path):
@@ -87,9 +103,28 @@ def test_every_form_at_ios18(case, tmp_path):
     _check(Mixed(), _mixed_leaves(CASES[case]), "iOS18", "export", tmp_path)
 
 
-@pytest.mark.parametrize("case", ["3 bits", "both axes", "grouped vectors"])
+@pytest.mark.parametrize("case", [case for case in CASES if "levels" in case or "scale" in case])
+def test_what_is_scaled_at_ios26(case, tmp_path):
+    _check(Mixed(), _mixed_leaves(CASES[case]), "iOS26", "export", tmp_path)
+
+
+@pytest.mark.parametrize("case", ["3 bits", "both axes", "grouped vectors", "levels behind a scale", "mask and levels"])
 def test_every_form_traced(case, tmp_path):
     _check(Mixed(), _mixed_leaves(CASES[case]), ct.target.iOS18, "trace", tmp_path)
+
+
+FORMS_OF_ONE = [
+    {"scale": (4, 1, 1, 1)},
+    {"lut_dtype": np.int8, "scale": (1, 6, 1, 1)},
+    {"lut_dtype": np.uint8, "vector": (1, 2), "scale": (1, 6, 1, 1)},
+    {"lut_dtype": np.uint8, "mask": True},
+]
+
+
+@pytest.mark.parametrize("target", ["iOS18", "iOS26"])
+@pytest.mark.parametrize("form", FORMS_OF_ONE)
+def test_every_form_of_a_transposed_convolution(form, target, tmp_path):
+    _check(Deconvolution(), {"up.weight": random_leaf((4, 6, 2, 2), 4, **form)}, target, "trace", tmp_path)
 
 
 @pytest.mark.parametrize("target", ["iOS16", "iOS17"])
@@ -262,15 +297,62 @@ class Unused(torch.nn.Module):
         ("used.weight", {"groups": (4, 1)}, "iOS16", "used.weight: 4 groups along axis 0; iOS16"),
         ("used.weight", {"groups": (2, 4)}, "iOS16", "2 groups along axis 0 and 4 groups along axis 1"),
         ("used.weight", {"vector": (1, 2)}, "iOS17", "used.weight: vectors of 2"),
-        ("used.weight", {"scale": (8, 1)}, "iOS18", r"used.weight: it has a scale of shape \(8, 1\).*Use iOS26"),
-        ("used.weight", {"mask": True}, "iOS26", r"used.weight: it has a mask.*px\.depalettize"),
-        ("used.weight", {"mask": True, "kept": True}, "iOS18", r"used.weight: it has a mask.*px\.depalettize"),
-        ("used.weight", {"lut_dtype": np.int8}, "iOS26", r"used.weight: its lut holds int8 levels.*px\.depalettize"),
+        (
+            "used.weight",
+            {"scale": (8, 1)},
+            "iOS17",
+            r"a scale of shape \(8, 1\); .*iOS18.*multiplied.*or iOS26.* as it is",
+        ),
+        ("used.weight", {"lut_dtype": np.int8}, "iOS17", "a table of int8 levels; .*iOS18.*a table for every block"),
+        ("used.weight", {"mask": True}, "iOS16", "used.weight: a mask; iOS16.*Use iOS18 or iOS26"),
+        ("used.weight", {"mask": True, "kept": True}, "iOS18", r"used.weight: it has kept values.*px\.depalettize"),
+        ("used.weight", {"lut_dtype": FLOAT8}, "iOS26", r"used.weight: its lut holds float8_e5m2.*px\.depalettize"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(name, form, target, message):
     with pytest.raises(ValueError, match=message):
         from_torch(Unused(), torch.zeros(1, 8), {name: random_leaf((8, 8), **form)}, minimum_deployment_target=target)
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("form", [{}, {"lut_dtype": np.uint8, "scale": (16, 1)}, {"lut_dtype": np.int8, "mask": True}])
+def test_a_model_brings_its_own_tables(form, frontend):
+    leaves = {"dense1.weight": random_leaf((16, 128), 4, **form), "dense2.weight": random_leaf((12, 16))}
+    model = load_into(Mnist(), leaves)
+    model.conv2.register_buffer("_COREML_/weight/compression_type", torch.tensor([1]))
+    before = copy.deepcopy(model.state_dict())
+    mlmodel = from_torch(model, model.example, minimum_deployment_target="iOS18", frontend=frontend)
+    assert read_palettes(mlmodel).keys() == leaves.keys()
+    assert audit(mlmodel, model).identical
+    assert audit(mlmodel, to_params(model.state_dict())).identical
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_tied_weights_are_brought_under_each_name(frontend):
+    model = load_into(Mixed(), {"embedding.weight": random_leaf((20, 12))})
+    mlmodel = from_torch(model, model.example, minimum_deployment_target="iOS18", frontend=frontend)
+    assert sorted(read_palettes(mlmodel)) == ["embedding.weight", "output.weight"]
+    assert audit(mlmodel, model).identical
+
+
+def test_tables_of_parameters_that_are_not_named_are_kept():
+    leaves = {"dense1.weight": random_leaf((16, 128), 8), "dense2.weight": random_leaf((12, 16), seed=1)}
+    model = load_into(Mnist(), leaves)
+    named = {"dense2.weight": random_leaf((12, 16), 4)}
+    mlmodel = from_torch(model, model.example, named, minimum_deployment_target="iOS18")
+    assert audit(mlmodel, leaves | named).identical
+
+
+def test_a_model_without_tables_is_refused():
+    mlmodel = from_torch(Mnist(), Mnist.example, {}, minimum_deployment_target="iOS18")
+    for call in (
+        lambda: from_torch(Mnist(), Mnist.example, minimum_deployment_target="iOS18"),
+        lambda: audit(mlmodel, Mnist()),
+    ):
+        with pytest.raises(ValueError, match=r"the Mnist holds no lookup tables: .*pass `palettized`.*coremltools"):
+            call()
 
 
 def test_an_unknown_frontend_is_refused():
@@ -281,15 +363,17 @@ def test_an_unknown_frontend_is_refused():
 def test_the_converter_is_left_as_it_was():
     from coremltools.converters.mil.frontend.torch import ops
     from coremltools.converters.mil.mil.passes import pass_pipeline
+    from coremltools.optimize import _utils as utils
 
-    before = ops._cast, ops._tqdm, pass_pipeline.tqdm, list(ct.PassPipeline.DEFAULT.passes)
+    before = ops._cast, utils.find_indices_for_lut, ops._tqdm, pass_pipeline.tqdm, list(ct.PassPipeline.DEFAULT.passes)
     model = Mnist()
     from_torch(model, model.example, _mnist_leaves(), minimum_deployment_target="iOS18", frontend="trace")
     with pytest.raises(ValueError, match=r"unused\.weight"):
         from_torch(
             Unused(), torch.zeros(1, 8), {"unused.weight": random_leaf((8, 8))}, minimum_deployment_target="iOS18"
         )
-    assert before == (ops._cast, ops._tqdm, pass_pipeline.tqdm, list(ct.PassPipeline.DEFAULT.passes))
+    after = ops._cast, utils.find_indices_for_lut, ops._tqdm, pass_pipeline.tqdm, list(ct.PassPipeline.DEFAULT.passes)
+    assert before == after
 
 
 def test_conversion_prints_nothing(capfd):

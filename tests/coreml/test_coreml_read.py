@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import coremltools as ct
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -94,7 +95,22 @@ def test_audit_sees_another_scale():
         assert other.leaves["dense2.weight"].lut_identical
 
 
-@pytest.mark.parametrize("form", [{"mask": True}, {"mask": True, "kept": True}, {"lut_dtype": np.uint8}])
+def test_audit_sees_another_mask_and_another_level():
+    leaf = random_leaf((12, 16), mask=True, lut_dtype=np.uint8, seed=1)
+    mlmodel = from_torch(Mnist(), Mnist.example, {"dense2.weight": leaf}, minimum_deployment_target="iOS18")
+    row, column = np.argwhere(~leaf.mask)[0]
+    mask, level = leaf.mask.copy(), leaf.lut.copy()
+    mask[row, column], level[0, 0, 0, 0] = True, level[0, 0, 0, 0] + 1
+    found = audit(mlmodel, {"dense2.weight": leaf})
+    assert found.identical
+    assert found.leaves["dense2.weight"].lut_dtype == "uint8 of float16"
+    for part, other, differs in (("mask", mask, "mask"), ("mask", None, "mask"), ("lut", level, "lut")):
+        found = audit(mlmodel, {"dense2.weight": dataclasses.replace(leaf, **{part: other})}).leaves["dense2.weight"]
+        parts = ("lut", "indices", "scale", "mask")
+        assert [name for name in parts if not getattr(found, f"{name}_identical")] == [differs]
+
+
+@pytest.mark.parametrize("form", [{"mask": True, "kept": True}, {"lut_dtype": ml_dtypes.float8_e4m3fn}])
 def test_audit_refuses_what_no_package_holds(mlmodel, form):
     with pytest.raises(ValueError, match=r"dense2\.weight: it.*px\.depalettize"):
         audit(mlmodel, {"dense2.weight": random_leaf((12, 16), **form)})
@@ -113,7 +129,15 @@ def test_names_come_back_from_a_file(mlmodel, leaves, tmp_path):
         ({"nbits": 4}, ct.target.iOS16),
         ({"nbits": 3, "groups": (4, 1)}, ct.target.iOS18),
         ({"nbits": 4, "groups": (2, 4), "vector": (1, 2)}, ct.target.iOS18),
+        ({"nbits": 4, "scale": (12, 1)}, ct.target.iOS18),
         ({"nbits": 4, "scale": (12, 1)}, ct.target.iOS26),
+        ({"lut_dtype": np.int8, "groups": (4, 1), "scale": (4, 1)}, ct.target.iOS18),
+        ({"lut_dtype": np.uint8, "groups": (4, 1)}, ct.target.iOS18),
+        ({"lut_dtype": np.uint8, "groups": (4, 1), "scale": (4, 1)}, ct.target.iOS26),
+        ({"lut_dtype": np.int8, "nbits": 4, "vector": (1, 2)}, ct.target.iOS26),
+        ({"mask": True, "seed": 1}, ct.target.iOS18),
+        ({"mask": True, "seed": 1, "groups": (4, 1), "scale": (12, 1)}, ct.target.iOS18),
+        ({"mask": True, "seed": 1, "groups": (4, 1), "scale": (12, 1)}, ct.target.iOS26),
     ],
 )
 def test_load_into_makes_a_plain_conversion_give_the_same_tables(form, target):
@@ -122,6 +146,14 @@ def test_load_into_makes_a_plain_conversion_give_the_same_tables(form, target):
     mlmodel = _plain_convert(load_into(Mnist(), leaves), Mnist.example, target, compute_precision=ct.precision.FLOAT32)
     assert list(read_palettes(mlmodel)) == ["p_dense2_weight"]
     assert audit(mlmodel, leaves).identical
+
+
+def test_a_plain_conversion_of_levels_that_are_not_negative():
+    leaf = random_leaf((12, 16), lut_dtype=np.int8)
+    leaf = dataclasses.replace(leaf, lut=np.array([0, 1, 5, 127], np.int8).reshape(1, 1, 4, 1))
+    # coremltools makes them unsigned; they are the same levels.
+    mlmodel = _plain_convert(load_into(Mnist(), {"dense2.weight": leaf}), Mnist.example)
+    assert audit(mlmodel, {"dense2.weight": leaf}).identical
 
 
 def test_loaded_tied_weights_convert_plainly():
@@ -194,35 +226,143 @@ def _blockwise_scale_behind():
     return mb.constexpr_blockwise_shift_scale(data=dense, scale=scale)
 
 
-@pytest.mark.parametrize("weight_of", [_quantized_table, _quantized_table_scaled_behind, _blockwise_scale_behind])
-def test_tables_that_are_quantized_or_scaled(weight_of):
+def _unsigned_table():
+    lut = mb.constexpr_blockwise_shift_scale(
+        data=INTEGERS.view(np.uint8), scale=SCALES.reshape(2, 1, 1, 1), offset=np.full((2, 1, 1, 1), 128, np.uint8)
+    )
+    return mb.constexpr_lut_to_dense(indices=INDICES, lut=lut, name="w")
+
+
+def _scaled_per_row_behind_integers():
+    dense = mb.constexpr_lut_to_dense(indices=INDICES, lut=INTEGERS, name="w")
+    return mb.constexpr_blockwise_shift_scale(data=dense, scale=np.arange(1, 13, dtype=np.float32).reshape(12, 1))
+
+
+def _unsigned_without_an_offset():
+    dense = mb.constexpr_lut_to_dense(indices=INDICES, lut=abs(INTEGERS).astype(np.uint8), name="w")
+    return mb.constexpr_blockwise_shift_scale(data=dense, scale=SCALES.reshape(2, 1))
+
+
+def _offset_of_coremltools():
+    data, scale = INTEGERS.view(np.uint8), SCALES.reshape(2, 1, 1, 1)
+    lut = mb.constexpr_blockwise_shift_scale(data=data, scale=scale, offset=np.full((2, 1, 1, 1), 127, np.uint8))
+    return mb.constexpr_lut_to_dense(indices=INDICES, lut=lut, name="w")
+
+
+def _floats_scaled_in_front():
+    scale = np.arange(1, 9, dtype=np.float32).reshape(2, 1, 4, 1)
+    lut = mb.constexpr_blockwise_shift_scale(data=INTEGERS.astype(np.float32), scale=scale)
+    return mb.constexpr_lut_to_dense(indices=INDICES, lut=lut, name="w")
+
+
+MASK = np.random.default_rng(1).random((12, 8)) < 0.5
+UINT1 = types.nptype_from_builtin(types.string_to_builtin("uint1"))
+
+
+def _sparse(lut=INTEGERS, scale=None, scaled_dense=None, **options):
+    flags, values = mb.constexpr_lut_to_sparse(
+        indices_mask=MASK.astype(UINT1), indices_nonzero_data=INDICES[MASK], lut=lut, name="w", **options
+    )
+    if scale is not None:
+        flags, values = mb.constexpr_sparse_blockwise_shift_scale(data_mask=flags, nonzero_data=values, **scale)
+    dense = mb.constexpr_sparse_to_dense(nonzero_data=values, mask=flags)
+    return dense if scaled_dense is None else mb.constexpr_blockwise_shift_scale(data=dense, **scaled_dense)
+
+
+ROWS = np.arange(1, 13, dtype=np.float32).reshape(12, 1)
+
+
+def _sparse_floats():
+    return _sparse(INTEGERS.astype(np.float32))
+
+
+def _sparse_floats_scaled_when_dense():
+    return _sparse(INTEGERS.astype(np.float32), scaled_dense={"scale": ROWS})
+
+
+def _sparse_integers():
+    return _sparse(scale={"scale": ROWS})
+
+
+def _sparse_unsigned():
+    return _sparse(INTEGERS.view(np.uint8), {"scale": ROWS, "offset": np.full((12, 1), 128, np.uint8)})
+
+
+def _sparse_with_offsets():
+    scale = {"scale": SCALES.reshape(2, 1), "offset": np.int8([[3], [-5]])}
+    return _sparse(scale=scale)
+
+
+FOUND = {  # the dtype of the table, the shape of the scale, and whether there is a mask
+    _quantized_table: ("int8", (2, 1), False),
+    _quantized_table_scaled_behind: ("float32", None, False),
+    _blockwise_scale_behind: ("float32", (3, 4), False),
+    _unsigned_table: ("uint8", (2, 1), False),
+    _scaled_per_row_behind_integers: ("int8", (12, 1), False),
+    _unsigned_without_an_offset: ("int8", (2, 1), False),
+    _offset_of_coremltools: ("float32", None, False),
+    _floats_scaled_in_front: ("float32", None, False),
+    _sparse_floats: ("float32", None, True),
+    _sparse_floats_scaled_when_dense: ("float32", (12, 1), True),
+    _sparse_integers: ("int8", (12, 1), True),
+    _sparse_unsigned: ("uint8", (12, 1), True),
+    _sparse_with_offsets: ("float32", None, True),
+}
+
+
+@pytest.mark.parametrize("weight_of", FOUND)
+def test_tables_that_are_quantized_scaled_or_sparse(weight_of):
     mlmodel = _program(weight_of, ct.target.iOS26)
     (name, leaf), *more = read_palettes(mlmodel).items()
     assert (name, more) == ("w", [])
-    assert (leaf.scale is not None) == (weight_of is _blockwise_scale_behind)
-    if leaf.scale is not None:
-        assert leaf.scale.shape == (3, 4)
+    shape = None if leaf.scale is None else leaf.scale.shape
+    assert (str(leaf.lut.dtype), shape, leaf.mask is not None) == FOUND[weight_of]
     (expected,) = _expanded(mlmodel)
     np.testing.assert_array_equal(leaf.depalettize(), expected)
 
 
-def _sparse():
-    mask = np.ones((12, 8), types.nptype_from_builtin(types.string_to_builtin("uint1")))
-    lut = INTEGERS[:1].astype(np.float32)
+def _sparse_vectors():
+    lut = np.ones((1, 1, 4, 2), np.float32)
     flags, values = mb.constexpr_lut_to_sparse(
-        indices_mask=mask, indices_nonzero_data=INDICES.reshape(-1), lut=lut, name="w"
+        indices_mask=MASK[:6].astype(UINT1),
+        indices_nonzero_data=INDICES[:6][MASK[:6]],
+        lut=lut,
+        vector_axis=0,
+        name="w",
     )
     return mb.constexpr_sparse_to_dense(nonzero_data=values, mask=flags)
 
 
-def _scaled_per_row_over_integers():
+def _two_scales():
+    once = mb.constexpr_blockwise_shift_scale(
+        data=mb.constexpr_lut_to_dense(indices=INDICES, lut=INTEGERS.astype(np.float32), name="w"), scale=ROWS
+    )
+    return mb.constexpr_blockwise_shift_scale(data=once, scale=ROWS)
+
+
+def _floats_with_an_offset():
+    dense = mb.constexpr_lut_to_dense(indices=INDICES, lut=INTEGERS.astype(np.float32), name="w")
+    return mb.constexpr_blockwise_shift_scale(data=dense, scale=ROWS, offset=ROWS)
+
+
+def _sparse_offset_when_dense():
+    return _sparse(scaled_dense={"scale": ROWS, "offset": np.full((12, 1), 3, np.int8)})
+
+
+def _offsets_per_row():
     dense = mb.constexpr_lut_to_dense(indices=INDICES, lut=INTEGERS, name="w")
-    return mb.constexpr_blockwise_shift_scale(data=dense, scale=np.ones((12, 1), np.float32))
+    return mb.constexpr_blockwise_shift_scale(data=dense, scale=ROWS, offset=np.full((12, 1), 3, np.int8))
 
 
 @pytest.mark.parametrize(
     ("weight_of", "message"),
-    [(_sparse, "w: a sparse lookup table"), (_scaled_per_row_over_integers, r"w: an integer table in \(2, 1\) groups")],
+    [
+        (_sparse_vectors, "w: a sparse table of vectors"),
+        (_two_scales, "w: a table behind two scales"),
+        (_floats_with_an_offset, "w: a float table with an offset"),
+        (_sparse_offset_when_dense, "w: sparse weights with an offset"),
+        (_offsets_per_row, r"w: an integer table in \(2, 1\) groups with offsets .*\(12, 1\)"),
+    ],
 )
 def test_forms_that_are_no_palettized_array_are_refused_by_name(weight_of, message):
     with pytest.raises(ValueError, match=message):

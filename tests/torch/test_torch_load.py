@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -70,6 +71,30 @@ def test_loading_again_replaces_the_buffers():
     load_into(model, {"body.0.weight": leaf})
     assert model.body[0].get_buffer("_COREML_/weight/compression_type").tolist() == [2]
     assert_same(to_params(model.state_dict())["body.0.weight"], leaf)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("lut_dtype", [None, np.int8, np.uint8])
+def test_a_pruned_module_takes_a_table(lut_dtype, mask):
+    model = Tied()
+    model.body[0].register_buffer("_COREML_/weight/compression_type", torch.tensor([1]))
+    leaf = random_leaf((6, 4), lut_dtype=lut_dtype, mask=mask, seed=1)
+    load_into(model, {"body.0.weight": leaf})
+    types = [1] * mask + [2] + [3] * (lut_dtype is not None)
+    assert model.body[0].get_buffer("_COREML_/weight/compression_type").tolist() == types
+    found = to_params(model.state_dict())["body.0.weight"]
+    assert (found.mask is None, found.lut.dtype) == (not mask, leaf.lut.dtype)
+    np.testing.assert_array_equal(found.depalettize(), leaf.depalettize())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_levels_stay_in_a_parameter_of_any_dtype(dtype):
+    leaf = random_leaf((6, 4), 4, scale=(6, 1), lut_dtype=np.uint8)
+    leaf = dataclasses.replace(leaf, lut=np.arange(16, dtype=np.uint8).reshape(1, 1, 16, 1))
+    found = to_params(load_into(Tied().to(dtype), {"body.0.weight": leaf}).state_dict())["body.0.weight"]
+    np.testing.assert_array_equal(found.lut, leaf.lut)
+    np.testing.assert_array_equal(found.indices, leaf.indices)
+    np.testing.assert_array_equal(found.scale.astype(np.float64), leaf.scale.astype(np.float64))
 
 
 def test_a_dense_weight_takes_the_table_away():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -10,11 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import palettax as px
 from palettax.torch import to_params, to_state_dict
 from palettax.torch.match import match_indices
-from tests.leaves import DTYPES, NO_BUFFERS, assert_same, assert_same_bits, random_leaf
+from tests.leaves import DTYPES, NO_BUFFERS, assert_same, assert_same_bits, forms, random_leaf
 
 FORMS = {
     "tensor": dict(shape=(6, 8)),
@@ -31,6 +34,20 @@ FORMS = {
 }
 
 
+INTEGERS = (np.int8, np.uint8)
+LEVEL_FORMS = {
+    "levels": dict(shape=(6, 8)),
+    "grouped levels": dict(shape=(6, 8), groups=(3, 2), scale=(3, 2)),
+    "levels scaled as one": dict(shape=(6, 8), groups=(3, 2)),
+    "levels scaled by channels": dict(shape=(6, 8), groups=(3, 1), scale=(6, 1)),
+    "levels of channels scaled by columns": dict(shape=(6, 8), groups=(6, 1), scale=(1, 8)),
+    "levels of vectors": dict(shape=(8, 6), groups=(2, 3), vector=(0, 4), scale=(2, 1)),
+    "levels of vectors scaled by channels": dict(shape=(8, 6), groups=(1, 3), vector=(0, 4), scale=(8, 1)),
+    "levels of a convolution": dict(shape=(4, 6, 3, 3), groups=(2, 1, 1, 1), scale=(4, 1, 1, 1)),
+}
+LEVEL_FORMS |= {f"pruned {name}": form | {"mask": True} for name, form in LEVEL_FORMS.items() if "vector" not in form}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 @pytest.mark.parametrize("form", FORMS)
 def test_round_trip(form, dtype):
@@ -39,6 +56,133 @@ def test_round_trip(form, dtype):
     assert list(returned) == list(leaves)
     for name, leaf in leaves.items():
         assert_same(returned[name], leaf)
+
+
+def _as_read(leaf):
+    """The leaf in the form that says the same with the lowest indices, and with its zeros outside the mask."""
+    tables = leaf.lut.reshape(-1, *leaf.lut.shape[-2:]).tolist()
+    lowest = np.array([[table.index(entry) for entry in table] for table in tables], np.float32)
+    # A leaf whose entries are indices looks those up.
+    lut = lowest.reshape(*leaf.groups, -1, 1)
+    indices = px.PalettizedArray(lut, leaf.indices, nbits=leaf.nbits).depalettize().astype(np.uint8)
+    mask = leaf.mask
+    if mask is not None:
+        mask = leaf.depalettize() != 0
+        indices = np.where(mask, indices, np.uint8(0))
+    return dataclasses.replace(leaf, indices=indices, mask=mask)
+
+
+def _with_odd_scale(leaf, seed=0):
+    """The leaf with a scale that rounds when it is multiplied."""
+    random = np.random.default_rng(seed)
+    return dataclasses.replace(leaf, scale=(random.random(leaf.scale.shape) + 0.1).astype(leaf.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("lut_dtype", INTEGERS)
+@pytest.mark.parametrize("form", LEVEL_FORMS)
+def test_round_trip_of_levels(form, lut_dtype, dtype):
+    form = LEVEL_FORMS[form]
+    leaf = _with_odd_scale(random_leaf(**form, nbits=4, lut_dtype=lut_dtype, dtype=dtype, seed=4))
+    state = to_state_dict({"w": leaf})
+    assert_same_bits(to_params({"w": state["w"]})["w"], leaf.depalettize())
+    assert_same(to_params(state)["w"], _as_read(leaf))
+
+
+def _is_refused(leaf):
+    try:
+        to_state_dict({"w": leaf})
+    except ValueError:
+        return True
+    return False
+
+
+@given(forms(), st.integers(0, 2**32 - 1))
+def test_every_form_comes_back_or_is_refused(form, seed):
+    leaf = random_leaf(**form)
+    # Float entries, unlike levels, may become equal when a scale rounds them.
+    leaf = _with_odd_scale(leaf, seed) if leaf.lut.dtype in INTEGERS else leaf
+    levels = leaf.lut.dtype in INTEGERS
+    blocks = leaf.scale is not None and any(s not in (1, n) for s, n in zip(leaf.scale.shape, leaf.shape, strict=True))
+    if _is_refused(leaf):
+        assert leaf.kept is not None or blocks or not (levels or leaf.lut.dtype == leaf.dtype)
+        return
+    assert levels or not blocks
+    state = to_state_dict({"w": leaf})
+    found = to_params(state)["w"]
+    assert_same_bits(found.depalettize() + 0, leaf.depalettize() + 0)  # -0 may come back as 0, outside the mask
+    assert (found.lut.dtype, found.mask is None) == (leaf.lut.dtype, leaf.mask is None)
+    if found.groups == leaf.groups:
+        assert_same(found, _as_read(leaf))
+    else:
+        assert leaf.lut.dtype in INTEGERS
+        assert not any(n % s for n, s in zip(leaf.indices.shape, leaf.scale.shape, strict=True))
+
+
+@pytest.mark.parametrize("lut_dtype", INTEGERS)
+def test_levels_with_a_scale_per_block_come_back_with_a_table_per_block(lut_dtype):
+    leaf = _with_odd_scale(random_leaf((6, 8), 4, groups=(1, 2), scale=(6, 2), lut_dtype=lut_dtype))
+    found = to_params(to_state_dict({"w": leaf}))["w"]
+    assert (found.groups, found.lut.dtype) == ((6, 2), lut_dtype)
+    assert_same_bits(found.scale, leaf.scale)
+    assert_same_bits(found.depalettize(), leaf.depalettize())
+
+
+def test_the_buffers_of_levels():
+    leaf = random_leaf((6, 8), groups=(3, 1), scale=(3, 1), lut_dtype=np.uint8, mask=True)
+    buffers = to_state_dict({"w": leaf})
+    assert buffers["_COREML_/w/compression_type"].tolist() == [1, 2, 3]
+    assert buffers["_COREML_/w/quantization_n_bits"].tolist() == 8
+    assert buffers["_COREML_/w/quantization_scale"].shape == (3, 1, 1, 1)
+    assert buffers["_COREML_/w/zero_point"].dtype == torch.uint8
+    assert set(buffers["_COREML_/w/zero_point"].reshape(-1).tolist()) == {128}
+    table = (leaf.lut.astype(np.float32) - 128) * leaf.scale[..., None, None]
+    assert_same_bits(buffers["_COREML_/w/lut"].numpy(), table)
+    assert "_COREML_/w/palettization_scale" not in buffers
+
+
+def test_levels_behind_a_scale_that_overflows_when_it_is_shifted():
+    leaf = random_leaf((6, 8), lut_dtype=np.int8, scale=(6, 1), dtype=np.float16)
+    leaf = dataclasses.replace(leaf, scale=np.linspace(300, 515, 6).astype(np.float16)[:, None])
+    state = to_state_dict({"w": leaf})
+    assert state["_COREML_/w/quantization_scale"].item() == 2**-6
+    assert_same(to_params(state)["w"], _as_read(leaf))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(quantization_n_bits=torch.tensor(4)),
+        dict(quantization_scale=torch.ones(1)),
+        dict(quantization_scale=torch.ones(4, 1, 1, 1)),
+        dict(quantization_scale=torch.full((1, 1, 1, 1), 0.3)),
+        dict(zero_point=torch.full((1, 1, 1, 1), 127, dtype=torch.uint8)),
+    ],
+)
+def test_a_quantized_table_that_levels_do_not_give_is_read_as_floats(changes):
+    leaf = random_leaf((6, 8), 4, lut_dtype=np.int8)
+    state = to_state_dict({"w": leaf}) | {f"_COREML_/w/{field}": value for field, value in changes.items()}
+    found = to_params(state)["w"]
+    assert (found.lut.dtype, found.scale) == (np.float32, None)
+    assert_same_bits(found.depalettize(), leaf.depalettize())
+
+
+def test_a_table_of_zeros_with_a_scale_of_zero():
+    leaf = random_leaf((6, 8), lut_dtype=np.int8)
+    leaf = dataclasses.replace(leaf, lut=np.zeros_like(leaf.lut), scale=np.zeros_like(leaf.scale))
+    assert_same(to_params(to_state_dict({"w": leaf}))["w"], _as_read(leaf))
+
+
+def test_a_pruned_weight_without_a_table_is_dense():
+    weight = torch.eye(3)
+    assert_same(to_params({"w": weight, "_COREML_/w/compression_type": torch.tensor([1])})["w"], weight.numpy())
+
+
+def test_a_pruned_table_of_vectors_holds_the_zeros():
+    leaf = random_leaf((6, 8), vector=(1, 2))
+    leaf = dataclasses.replace(leaf, lut=np.concatenate([leaf.lut[..., :3, :], 0 * leaf.lut[..., :1, :]], axis=-2))
+    state = to_state_dict({"w": leaf}) | {"_COREML_/w/compression_type": torch.tensor([1, 2])}
+    assert_same(to_params(state)["w"], leaf)
 
 
 @pytest.mark.parametrize("nbits", [1, 2, 3, 4, 6, 8])
@@ -152,7 +296,9 @@ def _broken(**changes):
     ("state", "message"),
     [
         (lambda: _broken(**{"conv.weight": torch.full((4, 6), 7.0)}), "24 of 24 entries are not on the table"),
-        (lambda: _broken(_w_compression_type=torch.tensor([1])), r"compression_type \[1\]"),
+        (lambda: _broken(_w_compression_type=torch.tensor([3])), r"compression_type \[3\]"),
+        (lambda: _broken(_w_compression_type=torch.tensor([2, 1])), r"compression_type \[2, 1\]"),
+        (lambda: _broken(_w_compression_type=torch.tensor([1, 2]), **{"conv.weight": torch.eye(6)[:4] * 7}), "4 of 24"),
         (lambda: _broken(_w_lut=torch.zeros(4)), r"lut of shape \(4,\)"),
         (lambda: _broken(_w_lut=torch.zeros(1, 1, 257, 1)), r"lut of shape \(1, 1, 257, 1\)"),
         (lambda: _broken(_w_lut=torch.zeros(3, 1, 4, 1)), "does not divide"),

@@ -1,0 +1,180 @@
+"""Differentiable k-means of JAX as a module of torch: a parametrization of a parameter."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import torch
+from torch.autograd.function import once_differentiable
+
+from palettax._typing import Array
+from palettax.leaf import PalettizedArray
+from palettax.torch.recipe import TrainedRecipe
+from palettax.torch.tensors import numpy_dtype, to_jax, to_numpy, to_tensor, to_torch
+from palettax.transforms.trained import DkmState
+
+# The transform sees one leaf, under a name that says nothing: what is compiled for it serves every layer alike.
+_LEAF = "weight"
+
+
+class _State(NamedTuple):
+    """`DkmState` of one leaf, as tensors."""
+
+    lut: torch.Tensor
+    count: torch.Tensor
+    skipped: torch.Tensor
+
+    def to_jax(self) -> DkmState:
+        lut, count, skipped = map(to_jax, self)
+        return DkmState(count, {_LEAF: lut}, {_LEAF: skipped})
+
+    @classmethod
+    def of(cls, state: DkmState, device: torch.device) -> _State:
+        return cls(*(to_torch(a, device) for a in (state.luts[_LEAF], state.count, state.skipped[_LEAF])))
+
+
+class Palettized(torch.nn.Module):
+    """The weights a layer computes with, from those that are trained.
+
+    In training the values of `dkm`, with its gradient; in eval mode what `finalize` stores. Before its milestone, the
+    weights as they are. The table moves on once for each value of the weights: a second pass over the same ones, such
+    as that of activation checkpointing, gives the same values. Table and counts are buffers, so they are in the state
+    dict.
+
+    Args:
+        recipe: what to do.
+        weight: the parameter.
+        milestone: the count of steps at which it starts.
+    """
+
+    lut: torch.Tensor
+    count: torch.Tensor
+    skipped: torch.Tensor
+    steps: torch.Tensor
+    enabled: torch.Tensor
+
+    def __init__(self, recipe: TrainedRecipe, weight: torch.Tensor, milestone: int) -> None:
+        super().__init__()
+        self.recipe, self.milestone = recipe, milestone
+        self._started: tuple[Any, _State] | None = None
+        self._stored: tuple[Any, torch.Tensor] | None = None
+        like = jax.ShapeDtypeStruct(tuple(weight.shape), numpy_dtype(weight.dtype))
+        lut = jax.eval_shape(recipe.training().init, {_LEAF: like}).luts[_LEAF]
+        self.register_buffer("lut", torch.zeros(lut.shape, device=weight.device))
+        for name, dtype in (("count", torch.int32), ("skipped", torch.int32), ("steps", torch.int32)):
+            self.register_buffer(name, torch.zeros((), dtype=dtype, device=weight.device))
+        self.register_buffer("enabled", torch.zeros((), dtype=torch.bool, device=weight.device))
+
+    def step(self, original: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """Count a step, and start if it is the milestone."""
+        self.steps += 1
+        if self.steps == self.milestone:
+            self.enable(original, mask)
+
+    def enable(self, original: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """Make the first table, and use it from now on."""
+        weights = to_numpy(_LEAF, _masked(original, mask))
+        self._keep(_State.of(self.recipe.training().init({_LEAF: weights}), original.device))
+        self.enabled.fill_(True)
+
+    @torch.compiler.disable
+    def forward(self, original: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The values for a layer to compute with."""
+        if not self.enabled:
+            return _masked(original, mask)
+        if self.training:
+            return self._soft(_masked(original, mask), _version(original, mask))
+        hard = self._hard(original, mask)
+        # Exact: hard + 0.
+        return hard + (original - original.detach()) if torch.is_grad_enabled() and original.requires_grad else hard
+
+    def right_inverse(self, values: torch.Tensor) -> torch.Tensor:
+        """What is assigned to the weight is what is trained."""
+        return values
+
+    def palettized(self, original: torch.Tensor, mask: torch.Tensor | None = None) -> PalettizedArray:
+        """The weight as it is stored."""
+        weights = to_numpy(_LEAF, _masked(original, mask))
+        return self.recipe.training().finalize({_LEAF: weights}, self._state.to_jax())[_LEAF]
+
+    @property
+    def used(self) -> bool:
+        """Whether a layer has computed with its values."""
+        return bool(self.enabled) and (bool(self.count > 0) or self._stored is not None)
+
+    @property
+    def _state(self) -> _State:
+        # Copies: the buffers are written in place, and JAX shares memory with what it is given.
+        return _State(self.lut.clone(), self.count.clone(), self.skipped.clone())
+
+    def _keep(self, state: _State) -> None:
+        with torch.no_grad():
+            for name, tensor in state._asdict().items():
+                getattr(self, name).copy_(tensor)
+
+    def _soft(self, weights: torch.Tensor, version: Any) -> torch.Tensor:
+        same = self._started is not None and self._started[0] == version
+        state = self._started[1] if same else self._state
+        self._started = version, state
+        values, *new = _Soft.apply(weights, self.recipe, state)
+        self._keep(_State(*new))
+        return values
+
+    def _hard(self, original: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        version = _version(original, mask), self.lut._version
+        if self._stored is None or self._stored[0] != version:
+            stored = to_tensor(_LEAF, self.palettized(original, mask).depalettize()).to(original.device)
+            self._stored = version, stored
+        return self._stored[1]
+
+
+class _Soft(torch.autograd.Function):
+    """The update of `dkm`: soft values, and the next state."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: torch.Tensor, recipe: TrainedRecipe, state: _State) -> tuple[torch.Tensor, ...]:
+        values, after, ctx.gradient = _compiled(recipe)(to_jax(weights), state.to_jax())
+        # JAX reads the weights where they lie: changed in place before the backward pass, they are an error there.
+        ctx.save_for_backward(weights)
+        new = _State.of(jax.block_until_ready(after), weights.device)
+        ctx.mark_non_differentiable(*new)
+        return to_torch(values, weights.device), *new
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, None]:
+        (weights,) = ctx.saved_tensors
+        return to_torch(_pulled_back(ctx.gradient, to_jax(gradient)), weights.device), None, None
+
+
+@functools.cache
+def _compiled(recipe: TrainedRecipe) -> Callable[..., Any]:
+    """The update, jitted once for all leaves of equal recipes."""
+    transform = recipe.training()
+
+    def values(weights: Array, state: DkmState) -> tuple[Array, DkmState]:
+        values, state = transform.update({_LEAF: weights}, state)
+        return values[_LEAF], state
+
+    def update(weights: Array, state: DkmState) -> tuple[Array, DkmState, Any]:
+        out, gradient, after = jax.vjp(lambda weights: values(weights, state), weights, has_aux=True)
+        return out, after, gradient
+
+    return jax.jit(update)
+
+
+@jax.jit
+def _pulled_back(gradient: Any, tangent: Array) -> Array:
+    return gradient(tangent)[0]
+
+
+def _masked(original: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return original if mask is None else original * mask.to(original.dtype)
+
+
+def _version(*tensors: torch.Tensor | None) -> tuple[tuple[int, int], ...]:
+    """What changes when the values of tensors do."""
+    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors if tensor is not None)

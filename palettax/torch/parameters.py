@@ -1,0 +1,211 @@
+"""Which parameters of a model are palettized, and how."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from palettax.leaf import Granularity
+from palettax.torch.configs import PalettizerConfig
+from palettax.torch.keys import warn_caller
+from palettax.torch.load import names_by_tensor
+from palettax.torch.names import owner_and_attribute
+from palettax.torch.state_dict import metadata_prefix
+
+_WITH_WEIGHT = (
+    nn.Linear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.LayerNorm,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_OF_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
+
+
+_PRUNED = 1
+"""What coremltools' `compression_type` says of a pruned weight."""
+
+
+class Parameter(NamedTuple):
+    """A parameter that is to be palettized.
+
+    Attributes:
+        name: its dotted name, the first of them if it is tied.
+        owners: every module that it is an attribute of, with the attribute's name.
+        tensor: its values; of one that is being pruned, those before the mask.
+        config: how.
+        nbits: the width of an index.
+        granularity: which weights share a table.
+        pruned: whether its zeros stay zeros.
+    """
+
+    name: str
+    owners: list[tuple[nn.Module, str]]
+    tensor: torch.Tensor
+    config: Any
+    nbits: int
+    granularity: Granularity
+    pruned: bool
+
+
+class _Place(NamedTuple):
+    """Where a parameter is, and the module whose configuration is its own."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    asked: nn.Module
+    asked_name: str
+
+
+def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: bool = False) -> list[Parameter]:
+    """The parameters that the configuration asks to palettize, tied ones once.
+
+    One that cannot be cut into the groups or the vectors that are asked for is left alone, with a warning.
+
+    Args:
+        model: not changed.
+        config: of the whole model.
+        trained: whether they will be trained. Then one may be in the course of being pruned; and the weights of layer
+            norms count as others do, which else have to be asked for by type or by name.
+
+    Raises:
+        ValueError: a parameter of no float type, on the meta device, with a parametrization, or being pruned when it
+            is not to be trained; a tied one whose names are configured differently.
+    """
+    config.warn_unmatched(model)
+    names = names_by_tensor(model)
+    found: dict[int, Parameter] = {}
+    for place in _places(model, config):
+        tensor = _tensor(place)
+        if tensor is None:
+            continue
+        choice = config.choose(place.name, place.asked, tensor.numel(), module_name=place.asked_name)
+        by_default = choice.config is not None and choice.config is config.global_config
+        if choice.config is None or (by_default and not trained and isinstance(place.module, nn.LayerNorm)):
+            continue
+        being_pruned = _check(place, tensor, trained)
+        granularity = _granularity(place.name, tensor, choice.config)
+        if granularity is None:
+            continue
+        if id(tensor) in found and found[id(tensor)].config != choice.config:
+            other = found[id(tensor)].name
+            raise ValueError(f"{place.name}: it is tied to {other}, which is configured differently; make them equal")
+        found.setdefault(
+            id(tensor),
+            Parameter(
+                place.name,
+                _owners(model, place, names.get(id(tensor), [])),
+                tensor,
+                choice.config,
+                choice.config.n_bits_for(place.asked),
+                granularity,
+                pruned=being_pruned or _was_pruned(place),
+            ),
+        )
+    return list(found.values())
+
+
+def _places(model: nn.Module, config: PalettizerConfig[Any]) -> Iterator[_Place]:
+    """Every weight that can be palettized."""
+    of_attention: set[int] = set()
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, nn.MultiheadAttention):
+            of_attention.add(id(module.out_proj))
+            for attribute in _OF_ATTENTION:
+                owner, own = owner_and_attribute(attribute)
+                asked = _asked(config, prefix, module, owner)
+                yield _Place(prefix + attribute, module.get_submodule(owner), own, *asked)
+        elif isinstance(module, nn.RNNBase):
+            for attribute in [name for name in module._flat_weights_names if name.startswith("weight")]:
+                yield _Place(prefix + attribute, module, attribute, module, path)
+        elif isinstance(module, _WITH_WEIGHT):
+            if id(module) not in of_attention:
+                yield _Place(prefix + "weight", module, "weight", module, path)
+        else:
+            for attribute, tensor in module._parameters.items():
+                if tensor is not None and _is_named(config, prefix + attribute, tensor):
+                    yield _Place(prefix + attribute, module, attribute, module, path)
+
+
+def _asked(config: PalettizerConfig[Any], prefix: str, attention: nn.Module, owner: str) -> tuple[nn.Module, str]:
+    """The module whose configuration a weight of an attention layer has: its own if it is named, else the layer's."""
+    named = any(re.fullmatch(pattern, prefix + owner) for pattern in config.module_name_configs)
+    return attention, prefix + owner if owner and named else prefix.removesuffix(".")
+
+
+def _is_named(config: PalettizerConfig[Any], name: str, tensor: torch.Tensor) -> bool:
+    """Whether a parameter of another module is meant by a name: of a vector, such as a bias, by its very own."""
+    patterns = config.module_name_configs
+    return any(re.fullmatch(pattern, name) for pattern in patterns) if tensor.ndim > 1 else name in patterns
+
+
+def _tensor(place: _Place) -> torch.Tensor | None:
+    """The parameter, also where pruning or a parametrization has put it elsewhere."""
+    own = place.module._parameters
+    if own.get(place.attribute) is not None:
+        return own[place.attribute]
+    if f"{place.attribute}_orig" in own:
+        return own[f"{place.attribute}_orig"]
+    if parametrize.is_parametrized(place.module, place.attribute):
+        return getattr(place.module, place.attribute)
+    return None
+
+
+def _check(place: _Place, tensor: torch.Tensor, trained: bool) -> bool:
+    """Refuse what cannot be palettized; returns whether it is in the course of being pruned."""
+    name, attribute = place.name, place.attribute
+    if parametrize.is_parametrized(place.module, attribute):
+        raise ValueError(f"{name}: it has a parametrization; torch.nn.utils.parametrize.remove_parametrizations first")
+    if tensor.is_meta:
+        raise ValueError(f"{name}: it is on the meta device and has no values; load its weights first")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: it is of {tensor.dtype}, and only floats are palettized; configure it as None")
+    being_pruned = f"{attribute}_mask" in place.module._buffers
+    if being_pruned and not trained:
+        raise ValueError(f"{name}: it is being pruned; make that permanent with torch.nn.utils.prune.remove first")
+    if trained and tensor.dtype == torch.float64:
+        raise ValueError(f"{name}: it is of float64, in which palettes are not trained; use model.float()")
+    return being_pruned
+
+
+def _was_pruned(place: _Place) -> bool:
+    """Whether a pruner left word that the zeros are meant."""
+    word = place.module._buffers.get(f"{metadata_prefix(place.attribute)}compression_type")
+    return word is not None and _PRUNED in word.reshape(-1).tolist()
+
+
+def _granularity(name: str, tensor: torch.Tensor, config: Any) -> Granularity | None:
+    """How the parameter is cut; None, with a warning, if it cannot be."""
+    axis = config.channel_axis
+    if config.cluster_dim > 1 and getattr(config, "cluster_permute", None) is not None:
+        axis = config.cluster_permute[0] if len(config.cluster_permute) == tensor.ndim else axis
+    granularity = Granularity(config.group_size, axis, config.cluster_dim)
+    try:
+        granularity.groups(tuple(tensor.shape), name)
+    except ValueError as error:
+        warn_caller(f"{name} {tuple(tensor.shape)} stays dense: {error}")
+        return None
+    return granularity
+
+
+def _owners(model: nn.Module, place: _Place, aliases: list[str]) -> list[tuple[nn.Module, str]]:
+    """Every module that has the parameter."""
+    owners = [(place.module, place.attribute)]
+    for alias in aliases:
+        path, attribute = owner_and_attribute(alias)
+        owner = (model.get_submodule(path), attribute.removesuffix("_orig"))
+        if all(owner[0] is not known or owner[1] != own for known, own in owners):
+            owners.append(owner)
+    return owners

@@ -1,0 +1,232 @@
+"""Palettizers that need no training: `PostTrainingPalettizer`, and `SKMPalettizer`, which asks the loss first."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from palettax._files import replacing
+from palettax._progress import progress_bar
+from palettax.leaf import PalettizedArray
+from palettax.palettize import palettize
+from palettax.report import Report, report
+from palettax.torch.configs import PalettizerConfig, PostTrainingPalettizerConfig, SKMPalettizerConfig
+from palettax.torch.fisher import fisher_diagonal
+from palettax.torch.keys import warn_caller
+from palettax.torch.load import load_into
+from palettax.torch.names import nearest
+from palettax.torch.parameters import Parameter, parameters_of
+from palettax.torch.recipe import Recipe, torch_seed
+from palettax.torch.state_dict import to_params
+from palettax.torch.tensors import to_numpy
+
+
+class PostTrainingPalettizer:
+    """Palettize a torch model by k-means, without data: `palettax.palettize` behind coremltools' interface.
+
+    Args:
+        model: any module.
+        config: which parameters, and how; None for 4 bits, one table a tensor.
+
+    Example:
+        >>> config = PostTrainingPalettizerConfig.from_dict({"global_config": {"n_bits": 2}})
+        >>> small = PostTrainingPalettizer(torch.nn.Linear(64, 64), config).compress()
+        >>> len(small.weight.unique())
+        4
+    """
+
+    def __init__(self, model: torch.nn.Module, config: PostTrainingPalettizerConfig | None = None) -> None:
+        self._model = _checked(model)
+        self._config = PostTrainingPalettizerConfig() if config is None else config
+        self._report: Report | None = None
+
+    def compress(self, num_kmeans_workers: int = 1, inplace: bool = False) -> torch.nn.Module:
+        """Palettize the weights.
+
+        Args:
+            num_kmeans_workers: of no effect: the solver uses all cores.
+            inplace: whether to write into the model, or into a copy.
+
+        Returns:
+            The model, its weights on their tables, with the `_COREML_` buffers that `palettax.coreml.from_torch` and
+            coremltools' own converter read.
+
+        Raises:
+            ValueError: naming the parameter: NaN or infinities, no values (on the meta device), an integer type,
+                vectors of weights that are pruned, or names of one tied parameter that are configured differently.
+        """
+        _warn_of_unused("num_kmeans_workers", num_kmeans_workers, 1, "the solver uses all cores")
+        model, self._report = _compress(self._model, self._config, None, inplace=inplace)
+        return model
+
+    def report(self) -> Report:
+        """What the last `compress` did to each parameter; print it to read it."""
+        return _made(self._report, "compress")
+
+
+class SKMPalettizer:
+    """Palettize a torch model by k-means weighted with the diagonal of the Fisher information.
+
+    Args:
+        model: any module.
+        config: which parameters, and how; None for 4 bits, one table a tensor, sensitivities of 128 examples.
+
+    Example:
+        >>> model, data = torch.nn.Linear(64, 8), [torch.randn(4, 64)]
+        >>> config = SKMPalettizerConfig.from_dict({"global_config": {"n_bits": 2}})
+        >>> small = SKMPalettizer(model, config).compress(data, lambda model, x: model(x).square().mean())
+        >>> len(small.weight.unique())
+        4
+
+    Reference:
+        Kim et al., "SqueezeLLM: dense-and-sparse quantization", arXiv 2306.07629.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: SKMPalettizerConfig | None = None) -> None:
+        self._model = _checked(model)
+        self._config = SKMPalettizerConfig() if config is None else config
+        self._report: Report | None = None
+
+    def compute_sensitivity(
+        self,
+        dataloader: Iterable[Any],
+        loss_fn: Callable[[torch.nn.Module, Any], torch.Tensor],
+        sensitivity_path: str | os.PathLike[str] | None = None,
+        num_sensitivity_workers: int = 1,
+        fsdp_auto_wrap_policy: Any = None,
+    ) -> dict[str, torch.Tensor]:
+        """The mean of the squared gradients of single examples, by `palettax.torch.fisher_diagonal`.
+
+        Args:
+            dataloader: batches of any size; `calibration_nsamples` examples of them are used.
+            loss_fn: `loss_fn(model, batch) -> loss`.
+            sensitivity_path: a file to keep them in for `compress`.
+            num_sensitivity_workers: of no effect.
+            fsdp_auto_wrap_policy: of no effect.
+
+        Returns:
+            A float32 tensor for each parameter, in its shape: comparable between parameters, as nothing is normalized.
+
+        Raises:
+            ValueError: as in `palettax.torch.fisher_diagonal`.
+        """
+        _warn_of_unused("num_sensitivity_workers", num_sensitivity_workers, 1, "examples are taken in one process")
+        _warn_of_unused("fsdp_auto_wrap_policy", fsdp_auto_wrap_policy, None, "the model is taken as it is")
+        fisher = fisher_diagonal(self._model, dataloader, loss_fn, num_samples=self._config.calibration_nsamples)
+        own = dict(self._model.named_parameters(remove_duplicate=False))
+        sensitivity = {name: torch.from_numpy(np.array(fisher[name])) for name in own}
+        if sensitivity_path is not None:
+            with replacing(Path(sensitivity_path)) as path:
+                torch.save(sensitivity, path)
+        return sensitivity
+
+    def compress(
+        self,
+        dataloader: Iterable[Any] | None = None,
+        loss_fn: Callable[[torch.nn.Module, Any], torch.Tensor] | None = None,
+        sensitivity_path: str | os.PathLike[str] | None = None,
+        num_kmeans_workers: int = 1,
+        num_sensitivity_workers: int = 1,
+        inplace: bool = False,
+        fsdp_auto_wrap_policy: Any = None,
+    ) -> torch.nn.Module:
+        """Palettize the weights where the loss cares for them.
+
+        Args:
+            dataloader: as in `compute_sensitivity`; with `loss_fn`, unless sensitivities are in a file.
+            loss_fn: as in `compute_sensitivity`.
+            sensitivity_path: a file of sensitivities, from `compute_sensitivity` here or of coremltools; it is read if
+                there is no dataloader, and written if there is one.
+            num_kmeans_workers: of no effect: the solver uses all cores.
+            num_sensitivity_workers: of no effect.
+            inplace: whether to write into the model, or into a copy.
+            fsdp_auto_wrap_policy: of no effect.
+
+        Returns:
+            The model, as `PostTrainingPalettizer.compress` gives it. A parameter that the loss does not depend on, or
+            that is frozen, is clustered as if all its weights mattered alike; `report` says so.
+
+        Raises:
+            ValueError: neither data and a loss, nor a file; a file with other names or shapes; else as in
+                `PostTrainingPalettizer.compress`.
+        """
+        _warn_of_unused("num_kmeans_workers", num_kmeans_workers, 1, "the solver uses all cores")
+        if dataloader is not None and loss_fn is not None:
+            tensors = self.compute_sensitivity(
+                dataloader, loss_fn, sensitivity_path, num_sensitivity_workers, fsdp_auto_wrap_policy
+            )
+        elif dataloader is None and loss_fn is None and sensitivity_path is not None:
+            tensors = torch.load(sensitivity_path, weights_only=True, map_location="cpu")
+        else:
+            raise ValueError("compress needs a dataloader and a loss_fn, or the sensitivity_path of a file")
+        sensitivity = {name: to_numpy(name, tensor) for name, tensor in tensors.items()}
+        model, self._report = _compress(self._model, self._config, sensitivity, inplace=inplace)
+        return model
+
+    def report(self) -> Report:
+        """What the last `compress` did to each parameter, and what it costs the loss; print it to read it."""
+        return _made(self._report, "compress")
+
+
+def _checked(model: Any) -> torch.nn.Module:
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _warn_of_unused(name: str, value: Any, default: Any, instead: str) -> None:
+    if value != default:
+        warn_caller(f"{name}={value!r} has no effect: {instead}")
+
+
+def _made(made: Report | None, by: str) -> Report:
+    if made is None:
+        raise ValueError(f"there is nothing to report yet; call {by} first")
+    return made
+
+
+def _compress(
+    model: torch.nn.Module, config: PalettizerConfig, sensitivity: Mapping[str, np.ndarray] | None, *, inplace: bool
+) -> tuple[torch.nn.Module, Report]:
+    """Palettize, write into the model or a copy, and report."""
+    found = parameters_of(model, config)
+    leaves: dict[str, PalettizedArray] = {}
+    with progress_bar("palettizing", "parameters") as advance:
+        for done, parameter in enumerate(found):
+            advance(done, len(found))
+            leaves[parameter.name] = _palettized(parameter, sensitivity)
+        advance(len(found), len(found))
+    before = to_params(model.state_dict())
+    # Of parameters alone: buffers have no sensitivities.
+    masses = None if sensitivity is None else {name: sensitivity.get(name) for name in before}
+    summary = report(before, before | leaves, sensitivity=masses, weight_threshold=0)
+    return load_into(model if inplace else copy.deepcopy(model), leaves), summary
+
+
+def _palettized(parameter: Parameter, sensitivity: Mapping[str, np.ndarray] | None) -> PalettizedArray:
+    name, mass = parameter.name, None
+    if sensitivity is not None:
+        if name not in sensitivity:
+            raise ValueError(f"{name}: there are no sensitivities of it; {nearest(name, sensitivity)}")
+        mass = {name: sensitivity[name]}
+    weights = {name: to_numpy(name, parameter.tensor)}
+    return palettize(weights, recipe_of(parameter).post_training(), sensitivity=mass, weight_threshold=0)[name]
+
+
+def recipe_of(parameter: Parameter) -> Recipe:
+    """What the configuration of a parameter asks for."""
+    config = parameter.config
+    return Recipe(
+        parameter.nbits,
+        parameter.granularity,
+        lut_dtype=config.lut_dtype_name,
+        channel_scale=config.enable_per_channel_scale,
+        pruned=parameter.pruned,
+        seed=torch_seed(),
+    )

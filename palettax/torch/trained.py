@@ -1,0 +1,154 @@
+"""`DKMPalettizer`: tables that are trained with the weights, in any torch training loop."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import torch
+
+from palettax.report import Report, report
+from palettax.torch.activations import fix_output_ranges, quantize_output
+from palettax.torch.attach import attach, detach, palettes_of
+from palettax.torch.configs import DKMPalettizerConfig
+from palettax.torch.differentiable import Palettized
+from palettax.torch.keys import warn_caller
+from palettax.torch.load import load_into
+from palettax.torch.parameters import Parameter, parameters_of
+from palettax.torch.post_training import recipe_of
+from palettax.torch.recipe import TrainedRecipe
+from palettax.torch.recurrent import follow_parametrizations, forget_parametrizations
+from palettax.torch.tensors import to_numpy
+
+
+class DKMPalettizer:
+    """Train a torch model so that few values are enough for its weights: `palettax.dkm` behind coremltools' interface.
+
+    `prepare`, then train as ever with a `step` after that of the optimizer, then `finalize`. Each palettized parameter
+    gets a parametrization of `torch.nn.utils.parametrize`: in training the layer computes with soft values, in eval
+    mode with those that `finalize` stores. Optimizers, state dicts, copies and wrappers see ordinary parameters.
+
+    Args:
+        model: any module, on any device.
+        config: which parameters, and how; None for 4 bits in linear layers and 2 in others.
+
+    Example:
+        >>> config = DKMPalettizerConfig.from_dict({"global_config": {"n_bits": 2}})
+        >>> palettizer = DKMPalettizer(torch.nn.Linear(64, 64), config)
+        >>> model = palettizer.prepare()
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        >>> model(torch.ones(1, 64)).sum().backward()
+        >>> optimizer.step()
+        >>> palettizer.step()
+        >>> len(palettizer.finalize().weight.unique())
+        4
+
+    Reference:
+        Cho et al., "DKM: differentiable k-means clustering layer for neural network compression", arXiv 2108.12659.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: DKMPalettizerConfig | None = None) -> None:
+        if not isinstance(model, torch.nn.Module):
+            raise ValueError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+        self._model = model
+        self._config = DKMPalettizerConfig() if config is None else config
+
+    def prepare(self, inplace: bool = False) -> torch.nn.Module:
+        """Attach the palettes.
+
+        Args:
+            inplace: whether to the model, or to a copy.
+
+        Returns:
+            The model to train. Parameters are those that it had, under `parametrizations.<name>.original`.
+
+        Raises:
+            ValueError: it is prepared already; or naming the parameter, what cannot be palettized about it.
+        """
+        if next(palettes_of(self._model), None) is not None:
+            raise ValueError("the model is prepared already; train it, or finalize it first")
+        parameters = parameters_of(self._model, self._config, trained=True)  # refuses before anything is changed
+        if not inplace:
+            self._model = copy.deepcopy(self._model)
+            parameters = parameters_of(self._model, self._config, trained=True)
+        for parameter in parameters:
+            _attach(parameter)
+        follow_parametrizations(self._model)
+        for palette in palettes_of(self._model):
+            if palette.module.milestone == 0:
+                palette.enable()
+        return self._model
+
+    def step(self) -> None:
+        """Count a step: a palette whose milestone it is starts now. Call it after the optimizer's step."""
+        for palette in palettes_of(self._model):
+            palette.step()
+
+    def enable_fake_palett(self, flag: bool) -> None:
+        """Let layers compute with palettes, or with the weights as they are, whatever their milestones.
+
+        Args:
+            flag: whether with palettes.
+        """
+        for palette in palettes_of(self._model):
+            if flag and not palette.module.enabled:
+                palette.enable()
+            palette.module.enabled.fill_(flag)
+
+    def finalize(self, model: torch.nn.Module | None = None, inplace: bool = False) -> torch.nn.Module:
+        """Put every weight on its table, and take the palettes off.
+
+        Args:
+            model: the trained model, if it is another than `prepare` gave, such as one that was loaded.
+            inplace: whether to write into it, or into a copy.
+
+        Returns:
+            The model in eval mode, of plain modules, with the `_COREML_` buffers that `palettax.coreml.from_torch` and
+            coremltools' own converter read. A weight whose palette was in no forward pass, or whose milestone has not
+            come, stays as it is, with a warning.
+
+        Raises:
+            ValueError: naming the parameter: it holds NaN or infinities.
+        """
+        model = self._model if model is None else model
+        model = model if inplace else copy.deepcopy(model)
+        palettes = list(palettes_of(model))
+        leaves = {palette.name: palette.palettized() for palette in palettes if palette.module.used}
+        if unused := [palette.name for palette in palettes if palette.name not in leaves]:
+            warn_caller(f"{', '.join(unused)}: no forward pass has used a palette (or its milestone is to come); dense")
+        detach(model)
+        forget_parametrizations(model)
+        fix_output_ranges(model)
+        return load_into(model, leaves).eval()
+
+    def report(self) -> Report:
+        """What the palettes of now would make of each parameter; print it to read it."""
+        palettes = list(palettes_of(self._model))
+        before = {palette.name: to_numpy(palette.name, palette.original) for palette in palettes}
+        now = {p.name: p.palettized() if p.module.enabled else before[p.name] for p in palettes}
+        return report(before, now, weight_threshold=0)
+
+
+def _attach(parameter: Parameter) -> None:
+    """Give a parameter its palette, and its modules what they do to their output."""
+    palette = Palettized(_recipe_of(parameter), parameter.tensor, parameter.config.milestone)
+    for owner, attribute in parameter.owners:
+        attach(palette, owner, attribute)
+        if parameter.config.activation_dtype is not None:
+            quantize_output(owner, parameter.config.activation_dtype)
+
+
+def _recipe_of(parameter: Parameter) -> TrainedRecipe:
+    """What the configuration of a parameter asks for in training."""
+    config = parameter.config
+    recipe = TrainedRecipe(
+        **vars(recipe_of(parameter)),
+        max_steps=config.kmeans_max_iter,
+        levels=config.levels,
+        zero_entry=config.enforce_zero,
+    )
+    if config.palett_mode == "hard":
+        return dataclasses.replace(recipe, temperature=0.0)
+    if config.palett_tau is not None:
+        return dataclasses.replace(recipe, temperature=config.palett_tau, relative=False)
+    return recipe
