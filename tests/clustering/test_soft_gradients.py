@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import palettax as px
 from palettax.clustering import attention as attention_module
 from palettax.clustering import soft as soft_module
+from palettax.clustering.adjoints import _inverse
 from tests.clustering.soft_reference import EPS, FIELDS, assert_close, conditioning, error, graded, reference, soft
 from tests.tables import data
 
@@ -472,3 +473,27 @@ def test_entries_that_attract_next_to_nothing(case):
 @adjoints
 def test_infinite_temperature(adjoint):
     assert_sensible((NORMAL, EVEN, POSITIVE), np.inf, adjoint)
+
+
+def test_a_group_whose_steps_do_not_contract_has_the_gradient_of_one_step_beside_others_that_do():
+    # Powers of its Jacobian overflow in one direction and vanish in the others: NaN beside small numbers.
+    expanding, contracting = np.diag([3.0] + [0.1] * 15), np.diag([0.1] * 16)
+    found = jax.vmap(_inverse)(jnp.asarray(np.stack([contracting, expanding] * 8), jnp.float32))
+    np.testing.assert_allclose(found[0], np.linalg.inv(np.eye(16) - contracting), rtol=1e-5)
+    np.testing.assert_array_equal(found[1], np.eye(16))
+
+
+def test_gradients_of_many_small_groups_stay_finite():
+    weights = 0.1 * np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32)
+    transform = px.dkm(4, weight_threshold=0, max_steps=3, granularity=px.Granularity(2))
+    state = transform.init(weights)
+
+    @jax.jit
+    def loss(weights, state):
+        values, state = transform.update(weights, state)
+        return (values**3).sum(), state
+
+    for _ in range(6):
+        (_, state), gradient = jax.value_and_grad(loss, has_aux=True)(weights, state)
+        assert np.isfinite(gradient).all()
+        weights = weights - 1e-3 * np.sign(gradient)
