@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -71,10 +70,7 @@ class Rounding:
         values = level_values(dtype)
         low, high = (values.min(), values.max()) if self.levels is None else map(float, self.levels)
         # Of a side without levels, all entries are clipped to zero.
-        sides = (
-            [side for side, end in ((lut / high, high), (lut / low, low)) if end] if self.levels else [abs(lut) / high]
-        )
-        step = jnp.maximum(functools.reduce(jnp.maximum, sides).max(), 0).astype(self.step_dtype)
+        step = jnp.stack([lut / end for end in (low, high) if end]).max().astype(self.step_dtype)
         step = jnp.maximum(step, jnp.finfo(self.step_dtype).tiny)
         numbers = jnp.clip(lut / step.astype(lut.dtype), low, high)
         integer = dtype in (np.int8, np.uint8)

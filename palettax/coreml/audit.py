@@ -11,14 +11,15 @@ import coremltools as ct
 import numpy as np
 import torch
 
-from palettax.coreml.compare import rounded, same_bits
+from palettax.coreml.compare import rounded
 from palettax.coreml.forms import in_package, target_of
 from palettax.coreml.package import op_name, open_model, operations
 from palettax.coreml.read import read_palettes
-from palettax.leaf import PalettizedArray, is_palettized
+from palettax.leaf import PalettizedArray, has_levels, is_palettized
 from palettax.torch.load import tables_of
+from palettax.torch.match import same_bits
 from palettax.torch.names import flatten_names
-from palettax.torch.plain import check_plain, has_levels
+from palettax.torch.plain import check_plain
 
 _MIN_WEIGHT = 10
 
@@ -98,8 +99,7 @@ def audit(mlmodel: ct.models.MLModel | str | Path, palettized: Mapping[str, Any]
         The comparison, on raw bits; print it to read it.
 
     Raises:
-        ValueError: as in `read_palettes`, or a leaf with kept values or a table of float8, which no
-            package holds.
+        ValueError: as in `read_palettes`, or a leaf with kept values or a table of float8, which no package holds.
     """
     mlmodel = open_model(mlmodel)
     palettes = read_palettes(mlmodel)

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from palettax.leaf import PalettizedArray
-from palettax.torch.match import same_bits as same_bits
-from palettax.torch.plain import as_numpy, has_levels
+from palettax.leaf import PalettizedArray, as_numpy, has_levels
+from palettax.torch.match import same_bits
 
 
 def same(one: PalettizedArray, other: PalettizedArray) -> bool:

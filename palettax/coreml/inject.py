@@ -15,8 +15,7 @@ from coremltools.converters.mil.mil.passes.pass_registry import register_pass
 
 from palettax.clustering.levels import ZERO_LEVEL
 from palettax.coreml.package import Op, op_name
-from palettax.leaf import PalettizedArray, pack
-from palettax.torch.plain import as_numpy, has_levels, table_scale
+from palettax.leaf import PalettizedArray, as_numpy, has_levels, pack, table_scale
 
 # Its ops are attributes that no type declares.
 mb: Any = Builder

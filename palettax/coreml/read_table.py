@@ -9,9 +9,8 @@ import numpy as np
 
 from palettax.clustering.levels import ZERO_LEVEL
 from palettax.coreml.package import Op, op_name
-from palettax.leaf import PalettizedArray, unpack
+from palettax.leaf import PalettizedArray, spread, unpack
 from palettax.leaf.blocks import join_vectors
-from palettax.torch.plain import spread
 
 _SCALE, _SPARSE_SCALE = "constexpr_blockwise_shift_scale", "constexpr_sparse_blockwise_shift_scale"
 _SPARSE, _TO_DENSE = "constexpr_lut_to_sparse", "constexpr_sparse_to_dense"
@@ -64,6 +63,13 @@ def read_table(op: Op) -> PalettizedArray:
     lut = _plain(op.lut.val)
     if np.issubdtype(lut.dtype, np.integer):
         return _integers(op, lut, indices, axis, mask, behind)
+    return _floats(op, lut, indices, axis, mask, behind)
+
+
+def _floats(
+    op: Op, lut: np.ndarray, indices: np.ndarray, axis: int | None, mask: np.ndarray | None, behind: Scaling | None
+) -> PalettizedArray:
+    """A table of floats and the scale behind it, if there is one."""
     if behind is not None and behind.offset is not None and behind.offset.any():
         raise ValueError(f"{op_name(op.name)}: a float table with an offset is no PalettizedArray; decompress it first")
     return _leaf(lut, indices, None if behind is None else behind.scale, axis, mask)
@@ -131,10 +137,7 @@ def _scaled_in_front(
         scale = _scale_of_weight(_plain(maker.scale.val), levels, indices, axis)
         if levels is not None and scale is not None:
             return _leaf(levels, indices, scale, axis, mask)
-    lut = np.asarray(maker.materialized_val_inference())
-    if behind is not None and behind.offset is not None and behind.offset.any():
-        raise ValueError(f"{op_name(op.name)}: a float table with an offset is no PalettizedArray; decompress it first")
-    return _leaf(lut, indices, None if behind is None else behind.scale, axis, mask)
+    return _floats(op, np.asarray(maker.materialized_val_inference()), indices, axis, mask, behind)
 
 
 def _scale_of_weight(

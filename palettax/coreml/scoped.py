@@ -19,6 +19,7 @@ _HARMLESS = (
     (DeprecationWarning, r"Function _TORCH_OPS_REGISTRY\.\w+ is deprecated"),
     (UserWarning, r"The tensor attributes? self\.[\w.]*_flat_weights"),
     (FutureWarning, r".*isinstance\(treespec, LeafSpec\).* is deprecated"),
+    (UserWarning, r"torch\.quantize_per_tensor, .* are deprecated"),
     (DeprecationWarning, r".*torch\.jit\.\w+.* is (deprecated|not supported)"),
 )
 

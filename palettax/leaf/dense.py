@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,11 +41,20 @@ def multiply_blocks(weight: Float[Array, "*shape"], scale: Float[Array, "*scale"
 
 def multiply_scales(one: Float[Array, "*one"], other: Float[Array, "*other"]) -> Float[Array, "*both"]:
     """The scale that is two scales, one after the other: as many blocks per axis as both divide."""
-    shape = [math.lcm(a, b) for a, b in zip(one.shape, other.shape, strict=True)]
-    for axis, blocks in enumerate(shape):
-        one = one.repeat(blocks // one.shape[axis], axis=axis)
-        other = other.repeat(blocks // other.shape[axis], axis=axis)
-    return one * other
+    counts = [math.lcm(a, b) for a, b in zip(one.shape, other.shape, strict=True)]
+    return spread(one, counts) * spread(other, counts)
+
+
+def spread(values: Shaped[Array, ...], counts: Sequence[int]) -> Shaped[Array, ...]:
+    """Repeat blockwise values along the first axes up to those counts.
+
+    Example:
+        >>> spread(np.array([1, 2]), [4]).tolist()
+        [1, 1, 2, 2]
+    """
+    for axis, count in enumerate(counts):
+        values = values.repeat(count // values.shape[axis], axis=axis)
+    return values
 
 
 def fill_kept(

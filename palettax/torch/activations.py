@@ -79,13 +79,17 @@ class _Fixed(torch.nn.Module):
         self.scale, self.zero_point, self.dtype = scale, zero_point, dtype
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        # One pair of ops is known to the converter of exported programs, the other to that of traced ones.
+        # The converter of exported programs knows one pair of ops, that of traced ones another.
+        wide, (low, high, levels_dtype) = values.float(), _RANGES[self.dtype]
         if torch.compiler.is_exporting():
-            how = self.scale, self.zero_point, *_RANGES[self.dtype]
-            levels = torch.ops.quantized_decomposed.quantize_per_tensor(values.float(), *how)
-            return torch.ops.quantized_decomposed.dequantize_per_tensor(levels, *how).to(values.dtype)
-        levels = torch.quantize_per_tensor(values.float(), self.scale, self.zero_point, self.dtype)
-        return levels.dequantize().to(values.dtype)
+            how = self.scale, self.zero_point, low, high, levels_dtype
+            levels = torch.ops.quantized_decomposed.quantize_per_tensor(wide, *how)
+            rounded = torch.ops.quantized_decomposed.dequantize_per_tensor(levels, *how)
+        elif torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            rounded = torch.quantize_per_tensor(wide, self.scale, self.zero_point, self.dtype).dequantize()
+        else:
+            rounded = torch.fake_quantize_per_tensor_affine(wide, self.scale, self.zero_point, low, high)
+        return rounded.to(values.dtype)
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:.4g}, zero_point={self.zero_point}, dtype={self.dtype}"

@@ -28,21 +28,25 @@ class Palette(NamedTuple):
 
     name: str
     module: Palettized
-    original: torch.Tensor
+    original: torch.nn.Parameter
     mask: torch.Tensor | None
 
     def step(self) -> None:
         """Count a step."""
-        self.module.step(self.original, self.mask)
+        self._named(self.module.step)
 
     def enable(self) -> None:
         """Start now."""
-        self.module.enable(self.original, self.mask)
+        self._named(self.module.enable)
 
     def palettized(self) -> PalettizedArray:
         """The weight as it is stored."""
+        return self._named(self.module.palettized)
+
+    def _named(self, method: Callable[[torch.Tensor, torch.Tensor | None], Any]) -> Any:
+        """What a method of the palette gives for the parameter; its errors name it."""
         try:
-            return self.module.palettized(self.original, self.mask)
+            return method(self.original, self.mask)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
 
@@ -93,7 +97,7 @@ def detach(model: torch.nn.Module) -> None:
             owner.__dict__.pop("register_parameter", None)
 
 
-def _of_module(owner: torch.nn.Module) -> Iterator[tuple[str, Palettized, torch.Tensor, torch.Tensor | None]]:
+def _of_module(owner: torch.nn.Module) -> Iterator[tuple[str, Palettized, torch.nn.Parameter, torch.Tensor | None]]:
     """Attribute, palette, parameter and mask of every palette of one module."""
     if parametrize.is_parametrized(owner):
         for attribute, steps in owner.parametrizations.items():  # pyright: ignore
@@ -148,6 +152,8 @@ def _detach_behind_pruning(owner: torch.nn.Module, attribute: str) -> None:
         if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == attribute:
             hook.remove(owner)  # the mask is in the weight from now on
             owner._forward_pre_hooks.pop(key, None)
+    # That of coremltools' pruners gives every copy the state of the module that was pruned, whatever came after.
+    owner.__dict__.pop("__getstate__", None)
     for hooks in (owner._forward_pre_hooks, owner._forward_hooks):
         for key in [key for key, hook in hooks.items() if getattr(hook, "attribute", None) == attribute]:
             del hooks[key]

@@ -116,10 +116,9 @@ class Palettized(torch.nn.Module):
                 getattr(self, name).copy_(tensor)
 
     def _soft(self, weights: torch.Tensor, version: Any) -> torch.Tensor:
-        same = self._started is not None and self._started[0] == version
-        state = self._started[1] if same else self._state
-        self._started = version, state
-        values, *new = _Soft.apply(weights, self.recipe, state)
+        if self._started is None or self._started[0] != version:
+            self._started = version, self._state
+        values, *new = _Soft.apply(weights, self.recipe, self._started[1])
         self._keep(_State(*new))
         return values
 

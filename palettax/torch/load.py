@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from palettax.leaf import PalettizedArray, depalettize, is_palettized
+from palettax.leaf import PalettizedArray, as_numpy, depalettize, is_palettized
 from palettax.torch.names import flatten_names, nearest, owner_and_attribute
-from palettax.torch.plain import as_numpy, check_plain
+from palettax.torch.plain import check_plain
 from palettax.torch.state_dict import VERSION, metadata, metadata_prefix, metadata_version, to_params
 from palettax.torch.tensors import numpy_dtype, to_numpy, to_tensor
 
@@ -21,7 +21,8 @@ def load_into(model: torch.nn.Module, palettized: Mapping[str, Any]) -> torch.nn
 
     Nothing is written unless everything fits. Parameters that `palettized` does not name are left alone; a tied
     parameter carries the buffers on each module that owns it. Buffers that a parameter has, from a pruner or from an
-    earlier call, are replaced.
+    earlier call, are replaced. Arrays that `to_params` gave share memory with the model and change with it: take their
+    `report` before.
 
     Args:
         model: the module to write into, on any device.

@@ -40,6 +40,7 @@ _QUANTIZED = {"int8": torch.qint8, "uint8": torch.quint8, None: torch.float32}
 
 _EXACT = "weights are clustered exactly, without rounding them"
 _FIRST_TABLE = "the first table is that of palettax.kmeans"
+_LARGEST = "the scale of a channel is its largest magnitude, whatever the scheme"
 _MEMORY = "the memory of training is in proportion to the weights, whatever the number of entries"
 
 
@@ -178,8 +179,7 @@ class ModuleDKMPalettizerConfig(ModulePalettizerConfig):
         palett_mode: "dkm", soft in training, or "hard".
         palett_tau: the temperature in squared weights, 0 being hard; None for one that suits weights of any size, where
             coremltools has 1e-4, which leaves small weights a single value.
-        per_channel_scaling_factor_scheme: the scale of a channel: "min_max", half its range, or "abs", its largest
-            magnitude.
+        per_channel_scaling_factor_scheme: accepted, without effect: the scale of a channel is its largest magnitude.
         partition_size: refused; it is called `group_size`.
         cluster_dtype: the older name of `lut_dtype`.
 
@@ -209,7 +209,7 @@ class ModuleDKMPalettizerConfig(ModulePalettizerConfig):
     enforce_zero: Annotated[bool, boolean] = False
     palett_mode: Annotated[str, one_of("dkm", "hard")] = "dkm"
     palett_tau: Annotated[Number | None, optional(number(0))] = None
-    per_channel_scaling_factor_scheme: Annotated[str, one_of("min_max", "abs")] = "min_max"
+    per_channel_scaling_factor_scheme: Annotated[str, one_of("min_max", "abs"), _LARGEST] = "min_max"
 
     kmeans_init: Annotated[str, text, _FIRST_TABLE] = "auto"
     kmeans_n_init: Annotated[int, integer(), _FIRST_TABLE] = 10

@@ -15,7 +15,7 @@ from palettax.torch.configs import PalettizerConfig
 from palettax.torch.keys import warn_caller
 from palettax.torch.load import names_by_tensor
 from palettax.torch.names import owner_and_attribute
-from palettax.torch.state_dict import metadata_prefix
+from palettax.torch.state_dict import PRUNED, metadata_prefix
 
 _WITH_WEIGHT = (
     nn.Linear,
@@ -30,10 +30,6 @@ _WITH_WEIGHT = (
     nn.ConvTranspose3d,
 )
 _OF_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
-
-
-_PRUNED = 1
-"""What coremltools' `compression_type` says of a pruned weight."""
 
 
 class Parameter(NamedTuple):
@@ -66,6 +62,13 @@ class _Place(NamedTuple):
     attribute: str
     asked: nn.Module
     asked_name: str
+
+
+def checked_model(model: Any) -> nn.Module:
+    """The model, or a `ValueError` that says what it is instead."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    return model
 
 
 def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: bool = False) -> list[Parameter]:
@@ -183,7 +186,7 @@ def _check(place: _Place, tensor: torch.Tensor, trained: bool) -> bool:
 def _was_pruned(place: _Place) -> bool:
     """Whether a pruner left word that the zeros are meant."""
     word = place.module._buffers.get(f"{metadata_prefix(place.attribute)}compression_type")
-    return word is not None and _PRUNED in word.reshape(-1).tolist()
+    return word is not None and PRUNED in word.reshape(-1).tolist()
 
 
 def _granularity(name: str, tensor: torch.Tensor, config: Any) -> Granularity | None:

@@ -21,8 +21,8 @@ from palettax.torch.fisher import fisher_diagonal
 from palettax.torch.keys import warn_caller
 from palettax.torch.load import load_into
 from palettax.torch.names import nearest
-from palettax.torch.parameters import Parameter, parameters_of
-from palettax.torch.recipe import Recipe, torch_seed
+from palettax.torch.parameters import Parameter, checked_model, parameters_of
+from palettax.torch.recipe import recipe_of
 from palettax.torch.state_dict import to_params
 from palettax.torch.tensors import to_numpy
 
@@ -42,7 +42,7 @@ class PostTrainingPalettizer:
     """
 
     def __init__(self, model: torch.nn.Module, config: PostTrainingPalettizerConfig | None = None) -> None:
-        self._model = _checked(model)
+        self._model = checked_model(model)
         self._config = PostTrainingPalettizerConfig() if config is None else config
         self._report: Report | None = None
 
@@ -89,7 +89,7 @@ class SKMPalettizer:
     """
 
     def __init__(self, model: torch.nn.Module, config: SKMPalettizerConfig | None = None) -> None:
-        self._model = _checked(model)
+        self._model = checked_model(model)
         self._config = SKMPalettizerConfig() if config is None else config
         self._report: Report | None = None
 
@@ -174,12 +174,6 @@ class SKMPalettizer:
         return _made(self._report, "compress")
 
 
-def _checked(model: Any) -> torch.nn.Module:
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"model is a {type(model).__name__}, not a torch.nn.Module")
-    return model
-
-
 def _warn_of_unused(name: str, value: Any, default: Any, instead: str) -> None:
     if value != default:
         warn_caller(f"{name}={value!r} has no effect: {instead}")
@@ -217,16 +211,3 @@ def _palettized(parameter: Parameter, sensitivity: Mapping[str, np.ndarray] | No
         mass = {name: sensitivity[name]}
     weights = {name: to_numpy(name, parameter.tensor)}
     return palettize(weights, recipe_of(parameter).post_training(), sensitivity=mass, weight_threshold=0)[name]
-
-
-def recipe_of(parameter: Parameter) -> Recipe:
-    """What the configuration of a parameter asks for."""
-    config = parameter.config
-    return Recipe(
-        parameter.nbits,
-        parameter.granularity,
-        lut_dtype=config.lut_dtype_name,
-        channel_scale=config.enable_per_channel_scale,
-        pruned=parameter.pruned,
-        seed=torch_seed(),
-    )

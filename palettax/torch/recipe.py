@@ -9,6 +9,7 @@ import jax
 import torch
 
 from palettax.leaf import Granularity
+from palettax.torch.parameters import Parameter
 from palettax.transforms import (
     PaletteTransformation,
     dkm,
@@ -102,6 +103,30 @@ def _training(recipe: TrainedRecipe) -> PaletteTransformation:
     return recipe._dkm()
 
 
-def torch_seed() -> int:
-    """The seed that `torch.manual_seed` set, so that vectors follow it as all else in torch does."""
-    return torch.initial_seed() % 2**32
+def recipe_of(parameter: Parameter) -> Recipe:
+    """What the configuration of a parameter asks for; vectors draw from the seed that `torch.manual_seed` set."""
+    config = parameter.config
+    return Recipe(
+        parameter.nbits,
+        parameter.granularity,
+        lut_dtype=config.lut_dtype_name,
+        channel_scale=config.enable_per_channel_scale,
+        pruned=parameter.pruned,
+        seed=torch.initial_seed() % 2**32,
+    )
+
+
+def trained_recipe_of(parameter: Parameter) -> TrainedRecipe:
+    """What the configuration of a parameter asks for in training."""
+    config = parameter.config
+    recipe = TrainedRecipe(
+        **vars(recipe_of(parameter)),
+        max_steps=config.kmeans_max_iter,
+        levels=config.levels,
+        zero_entry=config.enforce_zero,
+    )
+    if config.palett_mode == "hard":
+        return dataclasses.replace(recipe, temperature=0.0)
+    if config.palett_tau is not None:
+        return dataclasses.replace(recipe, temperature=config.palett_tau, relative=False)
+    return recipe

@@ -12,24 +12,25 @@ import torch
 
 from palettax._typing import NBITS
 from palettax.clustering.levels import ZERO_LEVEL
-from palettax.leaf import PalettizedArray, is_palettized, multiply_scales
-from palettax.torch.match import match_indices, same_bits
-from palettax.torch.names import flatten_names, owner_and_attribute
-from palettax.torch.plain import (
+from palettax.leaf import (
+    PalettizedArray,
     as_numpy,
-    broadcasts,
-    check_plain,
     has_levels,
+    is_palettized,
+    multiply_scales,
     scaled_lut,
     spread,
     table_scale,
     tables_per_scale,
 )
+from palettax.torch.match import match_indices, same_bits
+from palettax.torch.names import flatten_names, owner_and_attribute
+from palettax.torch.plain import broadcasts, check_plain
 from palettax.torch.tensors import to_numpy, to_tensor
 
 VERSION = "_COREML_/metadata_version"
-_PRUNED, _PALETTIZED, _QUANTIZED = 1, 2, 3
-_TABLES = [_PALETTIZED], [_PALETTIZED, _QUANTIZED], [_PRUNED, _PALETTIZED], [_PRUNED, _PALETTIZED, _QUANTIZED]
+PRUNED, _PALETTIZED, _QUANTIZED = 1, 2, 3
+_TABLES = [_PALETTIZED], [_PALETTIZED, _QUANTIZED], [PRUNED, _PALETTIZED], [PRUNED, _PALETTIZED, _QUANTIZED]
 # Levels behind a scale that is not their table's are written as level / 2^7, about the size of the scaled weights.
 _SHIFT = 7
 _BUFFER = re.compile(r"(?P<module>.*\.)?_COREML_/(?P<parameter>.+)/(?P<field>[^/]+)")
@@ -132,7 +133,7 @@ def metadata(name: str, parameter: str, leaf: PalettizedArray) -> dict[str, torc
     """
     check_plain(name, leaf, blocked_scale=False)
     fields = _levels_fields(leaf) if has_levels(leaf) else {"lut": leaf.lut, "palettization_scale": leaf.scale}
-    applied = (_PRUNED, leaf.mask is not None), (_PALETTIZED, True), (_QUANTIZED, has_levels(leaf))
+    applied = (PRUNED, leaf.mask is not None), (_PALETTIZED, True), (_QUANTIZED, has_levels(leaf))
     fields["compression_type"] = np.array([kind for kind, done in applied if done], np.int64)
     if leaf.vector_axis is not None:
         fields["vector_axis"] = np.array(leaf.vector_axis, np.int64)
@@ -179,8 +180,9 @@ def metadata_version() -> torch.Tensor:
 
 def _read(name: str, weight: np.ndarray, fields: dict[str, np.ndarray]) -> np.ndarray | PalettizedArray:
     """One dense weight and its buffers, as tables and indices."""
-    types = fields.get("compression_type", np.zeros(0, int)).reshape(-1).tolist()
-    if types == [_PRUNED]:
+    # A pruner of coremltools that is finalized after the palettizer adds its word once more at the end.
+    types = list(dict.fromkeys(fields.get("compression_type", np.zeros(0, int)).reshape(-1).tolist()))
+    if types == [PRUNED]:
         return weight
     if types not in _TABLES or "lut" not in fields:
         raise ValueError(
@@ -201,7 +203,7 @@ def _read(name: str, weight: np.ndarray, fields: dict[str, np.ndarray]) -> np.nd
     if any(n % (v * g) for n, v, g in zip(weight.shape, vectors, lut.shape[:-2], strict=True)):
         raise ValueError(f"{name}: a lut of shape {lut.shape} does not divide the weight {weight.shape}")
     # Elements of a vector share an index, so there the zeros of a pruned weight have to be on the table.
-    mask = weight != 0 if _PRUNED in types and axis is None else None
+    mask = weight != 0 if PRUNED in types and axis is None else None
     indices, missing = match_indices(weight, lut, vector_axis=axis, scale=scale, mask=mask)
     if missing:
         raise ValueError(

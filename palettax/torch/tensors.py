@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from palettax._typing import Array
+
 # NumPy has no type of its own for these: their bits cross as integers.
 _AS_BITS = {
     torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
@@ -96,11 +98,11 @@ def to_jax(tensor: torch.Tensor) -> jax.Array:
     return jax.dlpack.from_dlpack(tensor if on_both else tensor.cpu())
 
 
-def to_torch(array: jax.Array, device: torch.device) -> torch.Tensor:
+def to_torch(array: Array, device: torch.device) -> torch.Tensor:
     """A JAX array as a tensor, sharing memory where both are on one device.
 
     Args:
-        array: a finished or a running computation.
+        array: of JAX, a finished or a running computation.
         device: where the tensor is to be.
 
     Returns:

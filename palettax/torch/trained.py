@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 
 import torch
 
@@ -14,9 +13,8 @@ from palettax.torch.configs import DKMPalettizerConfig
 from palettax.torch.differentiable import Palettized
 from palettax.torch.keys import warn_caller
 from palettax.torch.load import load_into
-from palettax.torch.parameters import Parameter, parameters_of
-from palettax.torch.post_training import recipe_of
-from palettax.torch.recipe import TrainedRecipe
+from palettax.torch.parameters import Parameter, checked_model, parameters_of
+from palettax.torch.recipe import trained_recipe_of
 from palettax.torch.recurrent import follow_parametrizations, forget_parametrizations
 from palettax.torch.tensors import to_numpy
 
@@ -48,9 +46,7 @@ class DKMPalettizer:
     """
 
     def __init__(self, model: torch.nn.Module, config: DKMPalettizerConfig | None = None) -> None:
-        if not isinstance(model, torch.nn.Module):
-            raise ValueError(f"model is a {type(model).__name__}, not a torch.nn.Module")
-        self._model = model
+        self._model = checked_model(model)
         self._config = DKMPalettizerConfig() if config is None else config
 
     def prepare(self, inplace: bool = False) -> torch.nn.Module:
@@ -67,16 +63,14 @@ class DKMPalettizer:
         """
         if next(palettes_of(self._model), None) is not None:
             raise ValueError("the model is prepared already; train it, or finalize it first")
-        parameters = parameters_of(self._model, self._config, trained=True)  # refuses before anything is changed
-        if not inplace:
-            self._model = copy.deepcopy(self._model)
-            parameters = parameters_of(self._model, self._config, trained=True)
-        for parameter in parameters:
+        model = self._model if inplace else copy.deepcopy(self._model)
+        for parameter in parameters_of(model, self._config, trained=True):  # all of them are found before one changes
             _attach(parameter)
-        follow_parametrizations(self._model)
-        for palette in palettes_of(self._model):
+        follow_parametrizations(model)
+        for palette in palettes_of(model):
             if palette.module.milestone == 0:
                 palette.enable()
+        self._model = model
         return self._model
 
     def step(self) -> None:
@@ -131,24 +125,8 @@ class DKMPalettizer:
 
 def _attach(parameter: Parameter) -> None:
     """Give a parameter its palette, and its modules what they do to their output."""
-    palette = Palettized(_recipe_of(parameter), parameter.tensor, parameter.config.milestone)
+    palette = Palettized(trained_recipe_of(parameter), parameter.tensor, parameter.config.milestone)
     for owner, attribute in parameter.owners:
         attach(palette, owner, attribute)
         if parameter.config.activation_dtype is not None:
             quantize_output(owner, parameter.config.activation_dtype)
-
-
-def _recipe_of(parameter: Parameter) -> TrainedRecipe:
-    """What the configuration of a parameter asks for in training."""
-    config = parameter.config
-    recipe = TrainedRecipe(
-        **vars(recipe_of(parameter)),
-        max_steps=config.kmeans_max_iter,
-        levels=config.levels,
-        zero_entry=config.enforce_zero,
-    )
-    if config.palett_mode == "hard":
-        return dataclasses.replace(recipe, temperature=0.0)
-    if config.palett_tau is not None:
-        return dataclasses.replace(recipe, temperature=config.palett_tau, relative=False)
-    return recipe

@@ -467,6 +467,7 @@ INERT = {
         "zero_threshold": 0.1,
         "prune_threshold": 0.1,
         "percentage_palett_enable": 0.5,
+        "per_channel_scaling_factor_scheme": "abs",
     },
 }
 

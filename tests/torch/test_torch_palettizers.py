@@ -6,14 +6,23 @@ import jax
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.nn.utils import prune
 
 import palettax as px
-import palettax.coreml
+import palettax.coreml  # before coremltools, whose import it keeps quiet
 import palettax.torch
-from palettax.torch import DKMPalettizer, DKMPalettizerConfig, PostTrainingPalettizer, PostTrainingPalettizerConfig
+from palettax.leaf import is_palettized
+from palettax.torch import (
+    DKMPalettizer,
+    DKMPalettizerConfig,
+    PostTrainingPalettizer,
+    PostTrainingPalettizerConfig,
+    SKMPalettizer,
+    SKMPalettizerConfig,
+)
 
-assert palettax.coreml
+from coremltools.optimize.torch.pruning import MagnitudePruner, MagnitudePrunerConfig  # isort: skip
 
 
 def net():
@@ -183,3 +192,165 @@ def test_the_package_holds_what_was_trained():
 def test_meta_parameters_are_refused():
     with pytest.raises(ValueError, match=r"weight: it is on the meta device"):
         PostTrainingPalettizer(torch.nn.Linear(8, 8, device="meta")).compress()
+
+
+def test_sensitive_k_means_is_palettize_with_the_fisher_information():
+    model = net()
+    batches = [torch.randn(6, 16, generator=torch.Generator().manual_seed(2)) for _ in range(2)]
+
+    def loss(model, batch):
+        return model(batch).square().sum()
+
+    config = SKMPalettizerConfig.from_dict({"global_config": {"n_bits": 2}, "calibration_nsamples": 12})
+    small = SKMPalettizer(model, config).compress(batches, loss)
+    fisher = px.torch.fisher_diagonal(model, batches, loss)
+    weights = px.torch.to_params(model.state_dict())
+    expected = px.palettize(weights, px.kmeans(2), sensitivity=fisher, weight_threshold=32)
+    for name in ("0.weight", "2.weight"):
+        np.testing.assert_array_equal(dict(small.named_parameters())[name].detach(), expected[name].depalettize())
+
+
+def test_sensitivities_go_through_a_file_and_frozen_parameters_are_clustered_alike(tmp_path):
+    model = net()
+    model[2].weight.requires_grad_(False)
+    batches = [torch.randn(6, 16, generator=torch.Generator().manual_seed(2))]
+    palettizer = SKMPalettizer(model, SKMPalettizerConfig.from_dict({"global_config": {"n_bits": 2}}))
+
+    def loss(model, batch):
+        return model(batch).square().sum()
+
+    palettizer.compute_sensitivity(batches, loss, tmp_path / "fisher.pt")
+    one, other = palettizer.compress(batches, loss), palettizer.compress(sensitivity_path=tmp_path / "fisher.pt")
+    assert torch.equal(one[0].weight, other[0].weight)
+    plain = px.palettize(model[2].weight.detach().numpy(), px.kmeans(2), weight_threshold=0)
+    np.testing.assert_array_equal(one[2].weight.detach(), plain.depalettize())
+
+
+class Sequence(torch.nn.Module):
+    """Attention, a norm, recurrent layers and a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+        self.norm = torch.nn.LayerNorm(16)
+        self.lstm = torch.nn.LSTM(16, 16, batch_first=True)
+        self.gru = torch.nn.GRU(16, 16, batch_first=True)
+        self.bare = torch.nn.Parameter(torch.eye(16) + 0.1 * torch.randn(16, 16))
+
+    def forward(self, inputs):
+        hidden = self.norm(self.attention(inputs, inputs, inputs, need_weights=False)[0])
+        return self.gru(self.lstm(hidden)[0])[0] @ self.bare
+
+
+def test_layers_of_every_kind_are_trained_and_stored():
+    torch.manual_seed(0)
+    config = {"n_bits": 2, "weight_threshold": 10}
+    palettizer = DKMPalettizer(
+        Sequence(),
+        DKMPalettizerConfig.from_dict({"global_config": config, "module_name_configs": {"bare": config}}),
+    )
+    model = palettizer.prepare().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(4, 5, 16)).square().mean().backward()
+        optimizer.step()
+        palettizer.step()
+        copy.deepcopy(model)
+    assert all(
+        not torch.equal(parameter, start[name]) for name, parameter in model.named_parameters() if "weight" in name
+    )
+    small = palettizer.finalize()
+    stored = {
+        *("attention.in_proj_weight", "attention.out_proj.weight", "norm.weight", "bare"),
+        *(f"{kind}.weight_{way}_l0" for kind in ("lstm", "gru") for way in ("ih", "hh")),
+    }
+    leaves = px.torch.to_params(small.state_dict())
+    assert {name for name, leaf in leaves.items() if is_palettized(leaf)} == stored
+    assert {type(module) for module in small.children()} == {type(module) for module in Sequence().children()}
+    # What the layer computes with is what is stored.
+    plain = Sequence()
+    plain.load_state_dict({name: tensor for name, tensor in small.state_dict().items() if "_COREML_" not in name})
+    inputs = torch.randn(1, 5, 16)
+    assert torch.equal(small(inputs), plain.eval()(inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_floats_train_and_stay_narrow(dtype):
+    palettizer = dkm(net()[:1].to(dtype), n_bits=2)
+    model = palettizer.prepare().train()
+    model(torch.ones(2, 16, dtype=dtype)).float().square().sum().backward()
+    assert model[0].parametrizations.weight.original.grad.dtype == dtype
+    small = palettizer.finalize()
+    assert small[0].weight.dtype == dtype
+    assert small[0].weight.unique().numel() == 4
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e3])
+def test_weights_of_any_size_keep_all_their_values(scale):
+    model = net()[:1]
+    with torch.no_grad():
+        model[0].weight.mul_(scale)
+    palettizer = dkm(model, n_bits=4)
+    palettizer.prepare().train()(torch.ones(1, 16)).sum().backward()
+    assert palettizer.finalize()[0].weight.unique().numel() == 16
+
+
+def test_activation_checkpointing_and_data_parallel_wrappers_change_nothing(tmp_path):
+    gradients = []
+    for way in ("plain", "checkpoint", "wrapper"):
+        model = dkm(net(), n_bits=2).prepare().train()
+        inputs = torch.ones(4, 16, requires_grad=True)
+        if way == "checkpoint":
+            torch.utils.checkpoint.checkpoint(model, inputs, use_reentrant=False).sum().backward()
+        elif way == "wrapper":
+            torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+            torch.nn.parallel.DistributedDataParallel(model)(inputs).sum().backward()
+            torch.distributed.destroy_process_group()
+        else:
+            model(inputs).sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for others in gradients[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(gradients[0], others, strict=True))
+
+
+@pytest.mark.parametrize("frontend", ["export", "trace"])
+@pytest.mark.parametrize("dtype", ["qint8", "quint8"])
+def test_quantized_activations_are_still_there_after_conversion(frontend, dtype):
+    palettizer = dkm(net(), n_bits=2, quantize_activations=True, dtype=dtype)
+    train(palettizer.prepare().train(), palettizer)
+    small = palettizer.finalize()
+    inputs = torch.randn(64, 16)
+    assert small[0](inputs).unique().numel() <= 256
+    mlmodel = px.coreml.from_torch(small, inputs, minimum_deployment_target="iOS18", frontend=frontend)
+    ops = [op.op_type for op in mlmodel._mil_program.functions["main"].operations]
+    assert ops.count("quantize") == ops.count("dequantize") == 2
+    assert px.coreml.audit(mlmodel, small).identical
+
+
+@pytest.mark.parametrize("palettizer_ends_first", [True, False])
+def test_coremltools_pruner_through_a_whole_training_run(palettizer_ends_first):
+    model = net()
+    palettizer = dkm(model, n_bits=2)
+    prepared = palettizer.prepare(inplace=True).train()
+    config = MagnitudePrunerConfig.from_dict(
+        {"global_config": {"scheduler": {"update_steps": [1, 2]}, "target_sparsity": 0.5}}
+    )
+    pruner = MagnitudePruner(prepared, config)
+    pruner.prepare(inplace=True)
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.05)
+    for _ in range(4):
+        optimizer.zero_grad()
+        prepared(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+        pruner.step()
+        palettizer.step()
+    if palettizer_ends_first:
+        small = pruner.finalize(palettizer.finalize(), inplace=True)
+    else:
+        small = palettizer.finalize(pruner.finalize(prepared, inplace=True))
+    assert (small[0].weight == 0).float().mean() >= 0.5
+    assert small[0].weight.unique().numel() <= 5
+    mlmodel = px.coreml.from_torch(small, torch.zeros(1, 16), minimum_deployment_target="iOS18")
+    assert px.coreml.audit(mlmodel, small).identical

@@ -718,3 +718,41 @@ def test_a_second_call_compiles_nothing(call, options):
     del compilations[:]
     run()
     assert not compilations
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+@pytest.mark.parametrize("levels", [(-7, 7), (-2, 15), (0, 15), (-128, 0)])
+def test_tables_use_the_levels_that_they_may(dtype, levels):
+    weights = {"w": data("normal", 256).reshape(16, 16).astype(np.float32)}
+    transform = px.dkm(3, weight_threshold=0, lut_dtype=dtype, levels=levels)
+    state = transform.init(weights)
+    values, state = transform.update(weights, state)
+    small = transform.finalize(weights, state)["w"]
+    found = np.asarray(small.lut).astype(int).ravel() - (128 if dtype == "uint8" else 0)
+    assert levels[0] <= found.min()
+    assert found.max() <= levels[1]
+    assert found.min() == levels[0] or found.max() == levels[1]  # the step is no larger than it has to be
+    assert np.isfinite(values["w"]).all()
+
+
+@pytest.mark.parametrize("granularity", [px.Granularity(), px.Granularity(4)])
+def test_every_table_has_an_entry_that_is_zero_where_that_is_asked_for(granularity):
+    weights = {"w": 3 + data("normal", 256).reshape(16, 16).astype(np.float32)}
+    transform = px.dkm(2, weight_threshold=0, zero_entry=True, granularity=granularity)
+    small = transform.finalize(weights, transform.init(weights))["w"]
+    assert (small.lut == 0).any(axis=-2).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"levels": (-7, 7)}, "only int8 and uint8 have integer levels"),
+        ({"levels": (1, 7), "lut_dtype": "int8"}, "give the lowest, -128 to 0"),
+        ({"levels": (-7, 300), "lut_dtype": "int8"}, "and the highest, 0 to 127"),
+        ({"levels": (0, 0), "lut_dtype": "int8"}, "give the lowest"),
+        ({"zero_entry": True, "granularity": px.Granularity(vector_size=2), "key": jax.random.key(0)}, "use scalars"),
+    ],
+)
+def test_levels_and_zeros_that_there_are_not(options, message):
+    with pytest.raises(ValueError, match=message):
+        px.dkm(2, **options)
