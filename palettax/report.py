@@ -11,7 +11,7 @@ import numpy as np
 from palettax._paths import difference, identity_of, leaf_names
 from palettax._typing import Tree
 from palettax.clustering.points import distinct_count
-from palettax.leaf import PalettizedArray, depalettize, is_palettized, split_blocks
+from palettax.leaf import PalettizedArray, as_numpy, is_palettized, split_blocks
 from palettax.palettize import WEIGHT_THRESHOLD, count_nonfinite
 from palettax.transforms.base import aligned, shared
 
@@ -133,7 +133,7 @@ def _weighed(name: str, row: LeafReport, before: Any, now: Any, mass: np.ndarray
         return row
     if mass.shape != row.shape:
         raise ValueError(f"leaf '{name}' is {row.shape} and its sensitivity {mass.shape}; give one number per weight")
-    dense, after = (np.asarray(depalettize(leaf)).astype(np.float64) for leaf in (before, now))
+    dense, after = (_dense(leaf).astype(np.float64) for leaf in (before, now))
     finite = np.isfinite(dense)  # what was not stayed as it is
     error = np.where(finite, dense, 0) - np.where(finite, after, 0)
     zero = 0
@@ -145,7 +145,8 @@ def _weighed(name: str, row: LeafReport, before: Any, now: Any, mass: np.ndarray
 def _note(leaf: LeafReport) -> str:
     """What a row says in words."""
     if leaf.nbits is None:
-        words = [f"dense: {leaf.skipped}"]
+        # A weight of a package may be small already and stay so.
+        words = [f"dense: {leaf.skipped}" if leaf.nbytes == leaf.nbytes_before else leaf.skipped]
     else:
         words = [f"{leaf.nbits} bits", f"{int(np.prod(leaf.groups))} lut"]
     if leaf.unweighted:
@@ -154,7 +155,7 @@ def _note(leaf: LeafReport) -> str:
 
 
 def _leaf_report(before: Any, now: Any, weight_threshold: int) -> LeafReport:
-    array = before.depalettize() if isinstance(before, PalettizedArray) else before
+    array = _dense(before) if isinstance(before, PalettizedArray) else before
     is_key = hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
     dense = np.asarray(jax.random.key_data(array) if is_key else array)
     small = isinstance(now, PalettizedArray)
@@ -171,10 +172,15 @@ def _leaf_report(before: Any, now: Any, weight_threshold: int) -> LeafReport:
     )
 
 
+def _dense(leaf: Any) -> np.ndarray:
+    """A leaf's weights, computed on the host, where nothing is compiled for their shape."""
+    return np.asarray(as_numpy(leaf).depalettize() if is_palettized(leaf) else leaf)
+
+
 def _sqnr(before: np.ndarray, now: Any) -> float:
     if not jnp.issubdtype(before.dtype, jnp.floating):
         return np.inf
-    after = np.asarray(depalettize(now))
+    after = _dense(now)
     if after.shape != before.shape:
         raise ValueError(f"a leaf of {before.shape} became one of {after.shape}; give the tree that was palettized")
     finite = np.isfinite(before)  # what was not is no signal

@@ -7,11 +7,14 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from palettax._typing import Array
+from palettax._typing import Array, is_traced
 from palettax.clustering.checks import float64_stays, vectors_of
 from palettax.clustering.exact import two_sum
+from palettax.clustering.points import mass_rows
+from palettax.clustering.rows import nearest_entries
 
 UNROLL = 8
 """Entries that one compiled loop over the points compares."""
@@ -90,7 +93,14 @@ def assign_groups(
 ) -> UInt8[Array, "groups n"]:
     """The entry of least weighted error for every weight, or vector of weights, of every group."""
     if weights.ndim == 2:  # one weight has one sensitivity, which decides nothing
-        return jax.vmap(assign)(jnp.asarray(weights), jnp.asarray(lut))
+        if is_traced(weights) or is_traced(lut):
+            return jax.vmap(assign)(jnp.asarray(weights), jnp.asarray(lut))
+        # On the host nothing is compiled for the shape.
+        points, entries = np.ascontiguousarray(weights), np.asarray(lut).astype(np.float64)
+        order = np.argsort(entries, axis=1, kind="stable")
+        slots = np.empty(points.shape, np.uint8)
+        nearest_entries(points, mass_rows(None, len(points)), np.take_along_axis(entries, order, axis=1), slots)
+        return np.take_along_axis(order, slots, axis=1).astype(np.uint8)
     axes = (0, None if sensitivity is None else 0, 0)
     return jax.vmap(nearest_vectors, axes)(jnp.asarray(weights), sensitivity, jnp.asarray(lut))
 

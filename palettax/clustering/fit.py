@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from palettax._typing import Array
@@ -29,3 +30,15 @@ class LutFit(NamedTuple):
     inertia: Float[Array, "*batch"]
     num_steps: Int[Array, "*batch"]
     converged: Bool[Array, "*batch"]
+
+
+def fit_of(
+    points: Float[Array, "groups n"],
+    lut: Float[Array, "groups k"],
+    indices: UInt8[Array, "groups n"],
+    converged: Bool[Array, " groups"] | None = None,
+) -> LutFit:
+    """The fit of every concrete row whose table has a closed form; `converged` is True where it is not given."""
+    inertia = np.square(points - np.take_along_axis(np.asarray(lut), np.asarray(indices), axis=1)).sum(axis=1)
+    converged = np.ones(len(points), bool) if converged is None else converged
+    return LutFit(lut, indices, inertia, np.zeros(len(points), np.int32), converged)

@@ -57,21 +57,40 @@ def fit_rows(
         else:
             _fit_sorted(*sorted_rows(weights[taken], mass[part]), *results)
 
+    step = max(1, TASK // n)
+    in_threads(fit, [(slice(row, row + step), slice(None)) for row in range(0, rows, step)])
+    if not counted:
+        errors = nearest_entries(weights, mass, entries, indices)
+    with np.errstate(over="ignore"):  # an inertia too large for float32 is infinite
+        lut[:], inertia[:] = entries, errors
+
+
+def nearest_entries(weights: np.ndarray, mass: np.ndarray, lut: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Find the nearest entry of every weight of every row, on all cores.
+
+    Args:
+        weights: (rows, n), floating.
+        mass: (rows, n), or (rows, 0) where every weight counts as one.
+        lut: (rows, k) float64, ascending.
+        indices: (rows, n) uint8, filled; of equal entries the first, and the smaller one where two are as near.
+
+    Returns:
+        The weighted squared error of every row.
+    """
+    rows, n = weights.shape
+
     def assign(part: tuple[slice, slice]) -> np.ndarray:
         wide = weights[part].astype(np.promote_types(weights.dtype, np.float32), copy=False)
         partial = np.empty(len(wide))
-        assign_rows(wide, mass[part].astype(np.float64), entries[part[0]], indices[part], partial)
+        assign_rows(wide, mass[part].astype(np.float64), lut[part[0]], indices[part], partial)
         return partial
 
     step = max(1, TASK // n)
-    parts = [(slice(row, row + step), slice(None)) for row in range(0, rows, step)]
-    in_threads(fit, parts)
-    if not counted:
-        pieces = [(taken, slice(i, i + TASK)) for taken, _ in parts for i in range(0, n, TASK)]
-        for (taken, _), partial in zip(pieces, in_threads(assign, pieces), strict=True):
-            errors[taken] += partial
-    with np.errstate(over="ignore"):  # an inertia too large for float32 is infinite
-        lut[:], inertia[:] = entries, errors
+    pieces = [(slice(row, row + step), slice(i, i + TASK)) for row in range(0, rows, step) for i in range(0, n, TASK)]
+    errors = np.zeros(rows)
+    for (taken, _), partial in zip(pieces, in_threads(assign, pieces), strict=True):
+        errors[taken] += partial
+    return errors
 
 
 @kernel

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from palettax._typing import NBITS, Array, is_traced
-from palettax.clustering.assignment import assign, lookup
+from palettax.clustering.assignment import assign, assign_groups, lookup
 from palettax.clustering.checks import check_finite, check_nbits, check_weights, float64_stays, lut_dtype
-from palettax.clustering.fit import LutFit
+from palettax.clustering.fit import LutFit, fit_of
 from palettax.clustering.points import distinct_count
 
 
@@ -51,6 +52,18 @@ def unique_lut(weights: Float[Array, "*shape"], nbits: int | None = None) -> Lut
     inertia = jnp.sum((points - lookup(lut, indices)) ** 2)
     fits = (distinct[k] == distinct[k - 1]) & jnp.isfinite(points).all()
     return LutFit(lut, indices, inertia, jnp.zeros((), jnp.int32), fits)
+
+
+def unique_groups(weights: Float[Array, "groups n"], nbits: int) -> LutFit:
+    """`unique_lut` of every row; concrete rows stay on the host, where nothing is compiled for their shape."""
+    if is_traced(weights):
+        return jax.vmap(lambda row: unique_lut(row, nbits))(weights)
+    points, k = weights.astype(lut_dtype(weights)), 2**nbits
+    distinct = [np.unique(row) for row in points]
+    lut = np.stack([np.pad(values[:k], (0, k - min(k, len(values))), mode="edge") for values in distinct])
+    lut = lut + points.dtype.type(0)  # -0 becomes 0
+    fits = np.array([len(values) <= k for values in distinct])
+    return fit_of(points, lut, assign_groups(points, lut, None), fits)
 
 
 def smallest_nbits(weights: Float[Array, "*shape"]) -> int:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import Any
 
 from palettax._extras import require
 
+
+def import_quietly(module: str) -> Any:
+    """A module of coremltools, imported without its noise."""
+    logger = logging.getLogger("coremltools")
+    level = logger.level
+    # It logs a line for each of Apple's runtime libraries that is absent and each untested version that is present.
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # Its docstrings hold escapes that Python deprecates, which warn whenever they are compiled anew.
+            warnings.filterwarnings("ignore", "invalid escape sequence")
+            warnings.filterwarnings("ignore", r".*invalid escape sequence", SyntaxWarning)
+            return require(module, "coreml")
+    finally:
+        logger.setLevel(level)
+
+
 require("torch", "coreml")
-_logger = logging.getLogger("coremltools")
-_level = _logger.level
-# It logs a line for each of Apple's runtime libraries that is absent and each untested version that is present.
-_logger.setLevel(logging.ERROR)
-try:
-    with warnings.catch_warnings():
-        # Its docstrings hold escapes that Python deprecates, which warn whenever they are compiled anew.
-        warnings.filterwarnings("ignore", "invalid escape sequence")
-        require("coremltools", "coreml")
-finally:
-    _logger.setLevel(_level)
+import_quietly("coremltools")

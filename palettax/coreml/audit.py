@@ -15,13 +15,12 @@ from palettax.coreml.compare import rounded
 from palettax.coreml.forms import in_package, target_of
 from palettax.coreml.package import op_name, open_model, operations
 from palettax.coreml.read import read_palettes
+from palettax.coreml.weights import decompresses, is_weight
 from palettax.leaf import PalettizedArray, has_levels, is_palettized
 from palettax.torch.load import tables_of
 from palettax.torch.match import same_bits
 from palettax.torch.names import flatten_names
 from palettax.torch.plain import check_plain
-
-_MIN_WEIGHT = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,10 +147,9 @@ def _dense(mlmodel: ct.models.MLModel) -> dict[str, tuple[tuple[int, ...], str]]
     """The float constants that some op other than a decompressing one reads."""
     dense = {}
     for _, op in operations(mlmodel):
-        value = op.outputs[0].val if op.op_type == "const" else None
-        if not isinstance(value, np.ndarray) or value.size < _MIN_WEIGHT or not np.issubdtype(value.dtype, np.floating):
-            continue
-        if any(not user.op_type.startswith("constexpr_") for user in op.outputs[0].child_ops):
+        readers = op.outputs[0].child_ops
+        if op.op_type == "const" and is_weight(op) and not all(map(decompresses, readers)):
+            value = op.outputs[0].val
             dense[op_name(op.name)] = (value.shape, value.dtype.name)
     return dense
 

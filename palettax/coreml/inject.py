@@ -8,7 +8,7 @@ from typing import Any
 
 import coremltools as ct
 import numpy as np
-from coremltools.converters.mil.mil import Block, Builder, Program, Var, types
+from coremltools.converters.mil.mil import Builder, Program, Var, types
 from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
 from coremltools.converters.mil.mil.passes.helper import block_context_manager
 from coremltools.converters.mil.mil.passes.pass_registry import register_pass
@@ -65,7 +65,8 @@ def _inject(block: Any, tables: Tables) -> None:
             tables.op_names[leaf] = _free(op_name(leaf), taken)
             taken.add(tables.op_names[leaf])
             small = tables.leaves[leaf]
-            _replace(block, op, _flushed(small) if tables.half else small, tables.op_names[leaf])
+            dtype = op.outputs[0].val.dtype
+            replace_weight(op, _flushed(small) if tables.half else small, dtype, tables.op_names[leaf])
 
 
 def _is_ours(op: Op, tables: Tables) -> bool:
@@ -101,11 +102,38 @@ def _flushed(leaf: PalettizedArray) -> PalettizedArray:
     )
 
 
-def _replace(block: Block, op: Op, leaf: PalettizedArray, name: str) -> None:
-    dense = op.outputs[0]
-    table = table_op(leaf, dense.val.dtype, name, op)
-    block.replace_uses_of_var_after_op(anchor_op=op, old_var=dense, new_var=table, no_check_var_types=True)
-    block.remove_ops([op])
+def replace_weight(op: Op, leaf: PalettizedArray, dtype: Any, name: str) -> None:
+    """Put a table in the place of a weight, and take out what only that weight was made from.
+
+    Args:
+        op: the constant, or the last op of those that decompress it. Its block is open for editing.
+        leaf: the weight, as `in_package` has it.
+        dtype: of the weight in the program.
+        name: what to call the op of the table.
+    """
+    replace_op(op, table_op(leaf, dtype, name, op))
+
+
+def replace_op(op: Op, value: Var) -> None:
+    """Let what reads a weight read another variable, and take out the op and what only it was made from.
+
+    Args:
+        op: the constant, or the last op of those that decompress it. Its block is open for editing.
+        value: of the same weight, made before the op.
+    """
+    op.enclosing_block.replace_uses_of_var_after_op(
+        anchor_op=op, old_var=op.outputs[0], new_var=value, no_check_var_types=True, force_replace=True
+    )
+    _remove(op)
+
+
+def _remove(op: Op) -> None:
+    sources = {var.op for var in op.inputs.values() if getattr(var, "op", None) is not None}
+    op.enclosing_block.remove_ops([op])
+    for source in sources:
+        unread = not any(var.child_ops or var in source.enclosing_block.outputs for var in source.outputs)
+        if unread and source.op_type.startswith("const"):
+            _remove(source)
 
 
 def table_op(leaf: PalettizedArray, dtype: np.dtype, name: str, before: Op) -> Var:
@@ -126,12 +154,19 @@ def table_op(leaf: PalettizedArray, dtype: np.dtype, name: str, before: Op) -> V
         scale=None if leaf.scale is None else np.asarray(leaf.scale).astype(dtype),
         dtype=dtype,
     )
-    opset = before.enclosing_block.opset_version
+    opset = _opset_of(before.enclosing_block)
     if opset < ct.target.iOS18:
         return _packed(leaf, name, before)
     if leaf.mask is not None:
         return _sparse(leaf, name, before)
     return _dense(leaf, name, before, scale_in_front=opset < ct.target.iOS26)
+
+
+def _opset_of(block: Any) -> ct.target:
+    """The opset of the function that a block is in."""
+    while block.outer_op is not None:
+        block = block.outer_op.enclosing_block
+    return block.opset_version
 
 
 def _packed(leaf: PalettizedArray, name: str, before: Op) -> Var:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import tempfile
@@ -10,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import coremltools as ct
+import numpy as np
+from coremltools.converters.mil.converter import mil_convert
 from coremltools.converters.mil.frontend.milproto.load import load
+from coremltools.converters.mil.mil import Program
 
 Op = Any
 """An op of coremltools, which has its inputs as attributes that no type declares."""
 
+_SHARED, _SHARED_BY_FUNCTIONS = 100, 10
+"""From how many elements equal constants are stored once: as coremltools does in one function, and what it can."""
+
 METADATA_KEY = "palettax.leaves"
-_SUFFIXES = re.compile(r"(_cast_fp16|_to_fp16|_palettized|_pcs)+$")
+_SUFFIXES = re.compile(r"(_cast_fp16|_to_fp16|_palettized|_sparsified|_quantized|_pcs)+$")
 
 
 def open_model(mlmodel: ct.models.MLModel | str | Path) -> ct.models.MLModel:
@@ -37,8 +44,21 @@ def operations(mlmodel: ct.models.MLModel) -> Iterator[tuple[str, Op]]:
     Args:
         mlmodel: an mlprogram.
 
-    Yields:
-        The name of the function and the op.
+    Returns:
+        The name of the function and the op, one after the other.
+
+    Raises:
+        ValueError: the model is not an mlprogram.
+    """
+    return operations_of(load_program(mlmodel))
+
+
+def load_program(mlmodel: ct.models.MLModel, target: ct.target | None = None) -> Program:
+    """The program of a package, its weights in memory.
+
+    Args:
+        mlmodel: an mlprogram.
+        target: raise an older program to this one.
 
     Raises:
         ValueError: the model is not an mlprogram.
@@ -46,11 +66,60 @@ def operations(mlmodel: ct.models.MLModel) -> Iterator[tuple[str, Op]]:
     spec = mlmodel.get_spec()
     if spec.WhichOneof("Type") != "mlProgram":
         raise ValueError(f"the model is a {spec.WhichOneof('Type')}; only an mlProgram holds lookup tables")
-    program = load(spec, spec.specificationVersion, mlmodel.weights_dir or "")
-    default = spec.description.defaultFunctionName or "main"
+    version = spec.specificationVersion if target is None else max(spec.specificationVersion, target.value)
+    program: Any = load(spec, version, mlmodel.weights_dir or "")
+    program.default_function_name = spec.description.defaultFunctionName or "main"
+    for _, op in list(operations_of(program)):
+        # The loader leaves behind what it made branches of before it filled them.
+        var = op.outputs[0]
+        if op.op_type == "const" and var.rank == 0 and not var.child_ops and var not in op.enclosing_block.outputs:
+            op.enclosing_block.remove_ops([op])
+    return program
+
+
+def operations_of(program: Program) -> Iterator[tuple[str, Op]]:
+    """Every op of a program, nested blocks included, the default function first, with the name of its function."""
+    default = program.default_function_name
     for name in sorted(program.functions, key=lambda name: (name != default, name)):
         for op in _walk(program.functions[name].operations):
             yield name, op
+
+
+def rebuild(program: Program, mlmodel: ct.models.MLModel) -> ct.models.MLModel:
+    """A model of a program that was loaded and edited: whatever was not edited is as it was, bit for bit.
+
+    Args:
+        program: from `load_program`; it is not to be used again.
+        mlmodel: the model that it was loaded from.
+
+    Returns:
+        The model with the description and the metadata of the old one. What the program itself notes of its converter,
+        which the metadata repeat, is dropped.
+    """
+    spec = mlmodel.get_spec()
+    edited: Any = program
+    edited.skip_all_passes = True
+    edited.export_as_multifunction = len(program.functions) > 1 or bool(spec.description.defaultFunctionName)
+    _share_equal(edited, _SHARED_BY_FUNCTIONS if edited.export_as_multifunction else _SHARED)
+    built: Any = mil_convert(
+        edited,
+        convert_from="milinternal",
+        convert_to="mlprogram",
+        compute_units=mlmodel.compute_unit,
+        specification_version=max(spec.specificationVersion, ct.target.iOS16.value),
+        model_description=spec.description,
+        skip_model_load=True,
+    )
+    return built
+
+
+def _share_equal(program: Program, smallest: int) -> None:
+    """Let equal constants of so many elements be stored once."""
+    for _, op in operations_of(program):
+        value = op.outputs[0].val if op.op_type == "const" else None
+        if isinstance(value, np.ndarray) and value.size >= smallest:
+            kind = f"{op.outputs[0].dtype.__type_info__()} {value.shape} "
+            op.weight_id = hashlib.blake2b(kind.encode() + value.tobytes()).hexdigest()
 
 
 def _walk(ops: Any) -> Iterator[Op]:

@@ -12,8 +12,8 @@ from palettax.coreml.package import Op, op_name
 from palettax.leaf import PalettizedArray, spread, unpack
 from palettax.leaf.blocks import join_vectors
 
-_SCALE, _SPARSE_SCALE = "constexpr_blockwise_shift_scale", "constexpr_sparse_blockwise_shift_scale"
-_SPARSE, _TO_DENSE = "constexpr_lut_to_sparse", "constexpr_sparse_to_dense"
+SCALE, SPARSE_SCALE = "constexpr_blockwise_shift_scale", "constexpr_sparse_blockwise_shift_scale"
+_SPARSE, TO_DENSE = "constexpr_lut_to_sparse", "constexpr_sparse_to_dense"
 LOOKUPS = ("constexpr_lut_to_dense", _SPARSE)
 """The ops that a table is looked up by."""
 
@@ -51,16 +51,16 @@ def read_table(op: Op) -> PalettizedArray:
     elif hasattr(op, "shape"):
         shape = tuple(int(n) for n in op.shape.val)
         flat = np.asarray(op.lut.val)
-        indices = unpack(_plain(op.indices.val).reshape(-1), flat.size.bit_length() - 1, shape)
+        indices = unpack(plain(op.indices.val).reshape(-1), flat.size.bit_length() - 1, shape)
         return _leaf(flat.reshape(*(1,) * len(shape), flat.size, 1), indices)
     else:
-        indices = _plain(op.indices.val)
+        indices = plain(op.indices.val)
         if op.lut.shape[-1] > 1:
             axis = int(op.vector_axis.val) % indices.ndim
     behind = _behind(op)
     if op.lut.val is None:
         return _scaled_in_front(op, indices, axis, mask, behind)
-    lut = _plain(op.lut.val)
+    lut = plain(op.lut.val)
     if np.issubdtype(lut.dtype, np.integer):
         return _integers(op, lut, indices, axis, mask, behind)
     return _floats(op, lut, indices, axis, mask, behind)
@@ -88,7 +88,7 @@ def _leaf(
     return PalettizedArray(lut, indices, scale, nbits=nbits, vector_axis=axis, mask=mask, dtype=dtype).validate()
 
 
-def _plain(values: Any) -> np.ndarray:
+def plain(values: Any) -> np.ndarray:
     """An array without the tag by which coremltools knows the width of its integers."""
     values = np.asarray(values)
     return values.astype(np.dtype(values.dtype.name))
@@ -100,7 +100,7 @@ def _sparse_indices(op: Op) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{op_name(op.name)}: a sparse table of vectors is no PalettizedArray; decompress it first")
     mask = np.asarray(op.indices_mask.val) != 0
     indices = np.zeros(mask.shape, np.uint8)
-    indices[mask] = _plain(op.indices_nonzero_data.val)
+    indices[mask] = plain(op.indices_nonzero_data.val)
     return indices, mask
 
 
@@ -109,17 +109,17 @@ def _behind(op: Op) -> Scaling | None:
     found, dense = [], op.op_type != _SPARSE
     numbers = op.outputs[-1]
     while True:
-        users = [user for user in numbers.child_ops if user.op_type in (_SCALE, _SPARSE_SCALE, _TO_DENSE)]
+        users = [user for user in numbers.child_ops if user.op_type in (SCALE, SPARSE_SCALE, TO_DENSE)]
         if not users:
             break
         if len(numbers.child_ops) > 1:
             raise ValueError(f"{op_name(op.name)}: it is used both with and without a scale; decompress it first")
         (user,) = users
-        if user.op_type == _TO_DENSE:
+        if user.op_type == TO_DENSE:
             dense = True
         else:
-            offset = None if user.offset is None else _plain(user.offset.val)
-            found.append(Scaling(_plain(user.scale.val), offset, dense and op.op_type == _SPARSE))
+            offset = None if user.offset is None else plain(user.offset.val)
+            found.append(Scaling(plain(user.scale.val), offset, dense and op.op_type == _SPARSE))
         numbers = user.outputs[-1]
     if len(found) > 1:
         raise ValueError(f"{op_name(op.name)}: a table behind two scales is no PalettizedArray; decompress it first")
@@ -131,10 +131,10 @@ def _scaled_in_front(
 ) -> PalettizedArray:
     """A table that an op makes, of levels if possible."""
     maker = op.lut.op
-    if maker.op_type == _SCALE and maker.data.val is not None and behind is None:
-        offset = None if maker.offset is None else _plain(maker.offset.val)
-        levels = _levels(_plain(maker.data.val), offset)
-        scale = _scale_of_weight(_plain(maker.scale.val), levels, indices, axis)
+    if maker.op_type == SCALE and maker.data.val is not None and behind is None:
+        offset = None if maker.offset is None else plain(maker.offset.val)
+        levels = _levels(plain(maker.data.val), offset)
+        scale = _scale_of_weight(plain(maker.scale.val), levels, indices, axis)
         if levels is not None and scale is not None:
             return _leaf(levels, indices, scale, axis, mask)
     return _floats(op, np.asarray(maker.materialized_val_inference()), indices, axis, mask, behind)

@@ -17,5 +17,6 @@ from palettax.leaf.palettized_array import is_palettized as is_palettized
 from palettax.leaf.scales import as_numpy as as_numpy
 from palettax.leaf.scales import has_levels as has_levels
 from palettax.leaf.scales import scaled_lut as scaled_lut
+from palettax.leaf.scales import shift_tables as shift_tables
 from palettax.leaf.scales import table_scale as table_scale
 from palettax.leaf.scales import tables_per_scale as tables_per_scale

@@ -84,3 +84,22 @@ def tables_per_scale(leaf: PalettizedArray) -> PalettizedArray:
             counts[axis] = places
             scale = scale.repeat(leaf.shape[axis] // blocks, axis=axis)
     return dataclasses.replace(leaf, lut=spread(np.asarray(leaf.lut), counts), scale=scale)
+
+
+def shift_tables(leaf: PalettizedArray, offset: Float[Array, "*scale"]) -> PalettizedArray:
+    """The weight (entry - offset) · scale as tables of its own values, one for every scale.
+
+    Args:
+        leaf: of scalars, its table of numbers, with a scale; its zeros outside a mask stay zeros.
+        offset: of the shape of the scale.
+
+    Example:
+        >>> lut, indices = np.array([[[[0.0], [9.0]]]], np.float32), np.eye(2, dtype=np.uint8)
+        >>> leaf = PalettizedArray(lut, indices, np.array([[1.0], [2.0]], np.float32), nbits=1)
+        >>> shift_tables(leaf, np.array([[3.0], [4.0]], np.float32)).depalettize().tolist()
+        [[6.0, -3.0], [-8.0, 10.0]]
+    """
+    scale = np.asarray(leaf.scale)
+    leaf = tables_per_scale(as_numpy(leaf))
+    scale, offset = (spread(a, leaf.groups)[..., None, None] for a in (scale, np.asarray(offset)))
+    return dataclasses.replace(leaf, lut=(leaf.lut - offset) * scale, scale=None)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from palettax._typing import Array, PRNGKey, is_traced
-from palettax.clustering import LutFit, uniform_lut, unique_lut
+from palettax.clustering import LutFit
 from palettax.clustering.assignment import assign_groups
 from palettax.clustering.checks import (
     Method,
@@ -25,10 +25,11 @@ from palettax.clustering.checks import (
     resolve_method,
 )
 from palettax.clustering.kmeans import kmeans_groups
-from palettax.clustering.unique import nbits_for, smallest_nbits
+from palettax.clustering.uniform import uniform_groups
+from palettax.clustering.unique import nbits_for, smallest_nbits, unique_groups
 from palettax.leaf import PER_TENSOR, Granularity, PalettizedArray, depalettize, merge_blocks, split_blocks
 from palettax.transforms.base import PaletteTransformation, map_leaves, placed_like, shared
-from palettax.transforms.elements import fill_hidden, finite_mass, hidden_elements
+from palettax.transforms.elements import fill_hidden, finite_mass, hidden_elements, numpy_of
 
 GroupFit = Callable[[Array, Array | None, PRNGKey | None], LutFit]
 """Fits the rows of (groups, n) weights, or (groups, m, d) vectors, with sensitivities of that shape or None and the
@@ -86,7 +87,7 @@ def uniform(nbits: int, *, granularity: Granularity = PER_TENSOR) -> PaletteTran
     """
     check_nbits(nbits)
     _check_scalars(granularity)
-    return _hard(lambda w, s, key: jax.vmap(lambda row: uniform_lut(row, nbits))(jnp.asarray(w)), granularity)
+    return _hard(lambda weights, sensitivity, key: uniform_groups(weights, nbits), granularity)
 
 
 def unique(nbits: int | None = None, *, granularity: Granularity = PER_TENSOR) -> PaletteTransformation:
@@ -110,7 +111,7 @@ def unique(nbits: int | None = None, *, granularity: Granularity = PER_TENSOR) -
 
     def fit(weights: Array, sensitivity: Array | None, key: PRNGKey | None) -> LutFit:
         bits = nbits if nbits is not None else max(smallest_nbits(row) for row in weights)
-        return jax.vmap(lambda row: unique_lut(row, bits))(jnp.asarray(weights))
+        return unique_groups(weights, bits)
 
     return _hard(fit, granularity, must_converge=True)
 
@@ -144,8 +145,9 @@ def custom(
     def fit(weights: Array, sensitivity: Array | None, key: PRNGKey | None) -> LutFit:
         rows = [_custom_row(lut_function(row), row) for row in weights]
         k = 2 ** nbits_for(max(row.lut.shape[0] for row in rows))
-        padded = [row._replace(lut=jnp.pad(row.lut, (0, k - row.lut.shape[0]), mode="edge")) for row in rows]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *padded)
+        xp = numpy_of(*jax.tree.leaves(rows))
+        padded = [row._replace(lut=xp.pad(row.lut, (0, k - row.lut.shape[0]), mode="edge")) for row in rows]
+        return jax.tree.map(lambda *leaves: xp.stack(leaves), *padded)
 
     return _hard(fit, granularity, must_converge=True)
 
@@ -154,8 +156,9 @@ def _custom_row(result: LutFit | tuple[Any, Any], weights: Array) -> LutFit:
     """One group's answer as a `LutFit` with an ascending lut."""
     if not isinstance(result, tuple) or len(result) < 2:
         raise ValueError(f"lut_function gave a {type(result).__name__}; give (lut, indices) or a LutFit")
-    lut = jnp.asarray(result[0], weights.dtype)
-    indices = jnp.asarray(result[1]).reshape(-1).astype(jnp.int32)
+    xp = numpy_of(weights, result[0], result[1])
+    lut = xp.asarray(result[0]).astype(weights.dtype)
+    indices = xp.asarray(result[1]).reshape(-1).astype(np.int32)
     if lut.ndim != 1 or not 1 <= lut.size <= 256:
         raise ValueError(f"lut_function gave a lut of shape {lut.shape}; give one row of 1 to 256 values")
     if indices.size != weights.size:
@@ -163,11 +166,11 @@ def _custom_row(result: LutFit | tuple[Any, Any], weights: Array) -> LutFit:
     if not is_traced(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < lut.size:
         raise ValueError(f"lut_function gave indices outside its lut of {lut.size} values")
     check_finite(lut)
-    order = jnp.argsort(lut)
-    rank = jnp.argsort(order).astype(jnp.uint8)
-    inertia = jnp.sum((weights - lut[indices]) ** 2)
-    converged = result.converged if isinstance(result, LutFit) else jnp.ones((), bool)
-    return LutFit(lut[order], rank[indices], inertia, jnp.zeros((), jnp.int32), converged)
+    order = xp.argsort(lut, stable=True)
+    rank = xp.argsort(order, stable=True).astype(np.uint8)
+    inertia = xp.sum((weights - lut[indices]) ** 2)
+    converged = result.converged if isinstance(result, LutFit) else xp.ones((), bool)
+    return LutFit(lut[order], rank[indices], inertia, xp.zeros((), np.int32), converged)
 
 
 def check_granularity(granularity: Granularity) -> None:
