@@ -26,6 +26,7 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module:
+        # Of "a.b" it may be "a" that is missing.
+        if not f"{module}.".startswith(f"{error.name}."):
             raise
         raise ImportError(f"{module} is not installed; run: pip install 'palettax[{extra}]'", name=module) from error

@@ -1,4 +1,4 @@
-"""The command line: `palettax demo`."""
+"""The command line: `palettax compress`, `inspect`, `verify` and `demo`."""
 
 from __future__ import annotations
 
@@ -15,4 +15,7 @@ def main() -> None:
         from palettax._commands import app
     except ImportError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        print("Interrupted", file=sys.stderr)
+        sys.exit(130)
     app()

@@ -111,9 +111,9 @@ def audit(mlmodel: ct.models.MLModel | str | Path, palettized: Mapping[str, Any]
 
 
 def _ops_of(name: str) -> tuple[str, ...]:
-    """What a plain conversion may call the constant of a parameter: export puts a prefix in front."""
+    """What a plain conversion may call a parameter: export puts a prefix in front, trace does so before a digit."""
     plain = op_name(name)
-    return (plain, f"p_{plain}", f"b_{plain}")
+    return (plain, f"p_{plain}", f"b_{plain}", f"op_{plain.removeprefix('p_')}")
 
 
 def _compare(name: str, ours: PalettizedArray, palettes: Mapping[str, PalettizedArray], target: ct.target) -> LeafAudit:

@@ -172,7 +172,12 @@ def save_package(mlmodel: ct.models.MLModel, path: str | Path) -> Path:
         mlmodel.save(str(fresh))
         if target.exists():
             target.rename(old)
-        fresh.rename(target)
+        try:
+            fresh.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
     return target
 
 

@@ -107,7 +107,7 @@ class _Weight:
         reason: why it stays.
         asked: whether it was to be palettized all the same.
         numbers: what is stored for it, if that can be palettized.
-        small: what became of it.
+        small: what became of it, as its target holds it.
     """
 
     name: str
@@ -134,8 +134,7 @@ def _palettize(mlmodel: Any, config: Any, joint: bool) -> tuple[ct.models.MLMode
             with block:
                 for weight in group:
                     if weight.small is not None:
-                        held, name = in_package(weight.small, target), f"{weight.op.name}_palettized"
-                        replace_weight(weight.op, held, held.dtype, name)
+                        replace_weight(weight.op, weight.small, weight.small.dtype, f"{weight.op.name}_palettized")
         small = rebuild(program, mlmodel)
     for weight in weights:
         if weight.asked and weight.small is None:
@@ -216,7 +215,7 @@ def _table(weight: _Weight, target: ct.target) -> tuple[PalettizedArray | None, 
     if config.nbits is None:
         small = in_bits_of(small, target)
     check_forms({weight.name: small}, target)
-    return small, ""
+    return in_package(small, target), ""
 
 
 def _row(weight: _Weight) -> LeafReport:

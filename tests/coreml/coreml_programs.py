@@ -71,9 +71,9 @@ def peer_config(**keys):
     return cto.OptimizationConfig(cto.OpPalettizerConfig(**keys))
 
 
-def constants(mlmodel) -> dict[str, bytes]:
-    """The bytes of every constant of a model, by name."""
-    return {op.name: np.asarray(op.outputs[0].val).tobytes() for _, op in operations(mlmodel) if op.op_type == "const"}
+def constants(mlmodel) -> list[bytes]:
+    """The bytes of every constant of a model; the loader names those that stand in an op itself anew."""
+    return sorted(np.asarray(op.outputs[0].val).tobytes() for _, op in operations(mlmodel) if op.op_type == "const")
 
 
 def same_program(one, other) -> bool:

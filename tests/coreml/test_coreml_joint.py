@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import coremltools as ct
 import coremltools.optimize.coreml as cto
 import numpy as np
 import pytest
+import torch
 from coreml_programs import model, peer, peer_config, same_program
 
+import palettax as px
+import palettax.torch
 from palettax.coreml import (
     OptimizationConfig,
+    audit,
     compress_weights,
     decompress_weights,
     get_weights_metadata,
@@ -16,6 +21,7 @@ from palettax.coreml import (
     read_palettes,
 )
 from palettax.coreml.package import operations
+from palettax.coreml.scoped import quiet
 from palettax.torch.match import same_bits
 
 TWO_BITS = OptimizationConfig({"nbits": 2, "weight_threshold": 100})
@@ -146,3 +152,14 @@ def test_vectors_of_numbers_that_differ_in_kind_are_refused(kind, why):
             mlmodel, OptimizationConfig({"nbits": 2, "cluster_dim": 2, "weight_threshold": 100}), joint_compression=True
         )
     assert kinds(small) == kinds(mlmodel)
+
+
+def test_a_plain_conversion_of_a_traced_model_whose_names_begin_with_digits():
+    palettizer = px.torch.PostTrainingPalettizer(torch.nn.Sequential(torch.nn.Linear(16, 12)))
+    small, x = palettizer.compress().eval(), torch.ones(1, 16)
+    with quiet():
+        inputs, target = [ct.TensorType(shape=x.shape)], ct.target.iOS18
+        plain = ct.convert(
+            torch.jit.trace(small, x), inputs=inputs, minimum_deployment_target=target, skip_model_load=True
+        )
+    assert audit(plain, small).identical

@@ -1,4 +1,4 @@
-"""The commands behind `palettax.cli`, which has made sure that typer and rich are there."""
+"""`palettax demo`: the whole way, from training to a package that is read back."""
 
 # No postponed annotations: typer reads them as objects.
 import sys
@@ -10,22 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from palettax._commands.app import app, examples
 from palettax._extras import require
 
-app = typer.Typer(
-    help="Compress neural-network weights into small lookup tables: w ≈ lut\\[indices].",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 
-
-@app.callback()
-def _commands() -> None:
-    """A single command would otherwise swallow its own name."""
-
-
-@app.command()
+@app.command(epilog=examples("palettax demo", "palettax demo --data mnist --out results --epochs 4"))
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for packages, table and figures.")] = Path("demo_output"),
     data: Annotated[

@@ -1,0 +1,69 @@
+"""Ctrl-C: at once while there is nothing to lose, and not in the middle of a file."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Interruption:
+    """Whether the user wants to stop.
+
+    Attributes:
+        asked: since the command began. Python drops a `KeyboardInterrupt` that is raised within a callback of the
+            garbage collector, and libraries drop one with a bare `except`, so `check` asks again.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._held = False
+
+    def check(self) -> None:
+        """Stop here if that was asked for."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def held(self, what: str) -> Iterator[None]:
+        """Finish a block before stopping.
+
+        Args:
+            what: to say of it then.
+        """
+        self._held = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._held = False
+        if self.asked:
+            raise KeyboardInterrupt(what)
+
+    def _stop(self, *_: Any) -> None:
+        self.asked = True
+        if not self._held:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def interruptible() -> Iterator[Interruption]:
+    """Handle Ctrl-C, in the main thread, until the block ends."""
+    interruption, old = Interruption(), sys.unraisablehook
+
+    def quiet(unraisable: Any) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            old(unraisable)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, interruption._stop) if in_main else None
+    sys.unraisablehook = quiet
+    try:
+        yield interruption
+    finally:
+        sys.unraisablehook = old
+        if in_main:
+            signal.signal(signal.SIGINT, before)

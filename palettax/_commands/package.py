@@ -1,0 +1,209 @@
+"""The weights of a package, and two packages op by op."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from palettax._commands.weights import same_bits
+from palettax.coreml.constexpr import value_of
+from palettax.coreml.package import Op, load_program, op_name, open_model, operations_of, read_names
+from palettax.coreml.read_table import LOOKUPS, read_table
+from palettax.coreml.scoped import quiet
+from palettax.coreml.weights import compressed_row, decompresses, weights_of
+from palettax.leaf import PalettizedArray
+
+Leaf = PalettizedArray | np.ndarray
+
+
+def package_weights(path: Path) -> dict[str, tuple[Leaf, str, int | None]]:
+    """Every weight of a package.
+
+    Args:
+        path: of an mlprogram.
+
+    Returns:
+        By name, as `read_palettes` gives names: the palettized array, or the values; its form where the array does not
+        tell it; and its bytes likewise.
+    """
+    with quiet():
+        mlmodel = open_model(path)
+        noted, found = read_names(mlmodel), {}
+        for function, op in weights_of(load_program(mlmodel)):
+            own = weight_name(op)
+            for name in noted.get(own, [own]):
+                found[name if name not in found else f"{function}.{name}"] = _read(op)
+        return found
+
+
+def _read(op: Op) -> tuple[Leaf, str, int | None]:
+    if not decompresses(op):
+        return np.asarray(op.outputs[0].val), "", None
+    lookup = _lookup_of(op)
+    if lookup is not None:
+        try:
+            return read_table(lookup), "", None
+        except ValueError:  # a form that a PalettizedArray does not have
+            pass
+    return value_of(op.outputs[0]), f"compressed by {op.op_type.removeprefix('constexpr_')}", compressed_row(op).nbytes
+
+
+def _lookup_of(op: Op) -> Op | None:
+    """The op that looks up a weight in its table, at or before an op that decompresses it."""
+    if op.op_type in LOOKUPS:
+        return op
+    makers = (var.op for var in op.inputs.values() if getattr(var, "op", None) is not None)
+    return next(filter(None, map(_lookup_of, filter(decompresses, makers))), None)
+
+
+def weight_name(op: Op) -> str:
+    """The name of the weight that an op is, or is the last one to decompress."""
+    return op_name((_lookup_of(op) or op).name)
+
+
+class Palette(NamedTuple):
+    """A table of the one package, and the weight of the other that it stands for.
+
+    Attributes:
+        name: of the weight.
+        leaf: None if it cannot be read.
+        reference: None if the other package has no such weight.
+        problem: why it cannot be read.
+    """
+
+    name: str
+    leaf: PalettizedArray | None
+    reference: np.ndarray | None
+    problem: str = ""
+
+
+def compare_packages(small: Path, reference: Path) -> tuple[list[Palette], int, list[tuple[str, str]]]:
+    """Everything of two packages, side by side.
+
+    Args:
+        small: the package with the tables.
+        reference: the one that it was made from.
+
+    Returns:
+        The tables; how many other ops are identical; and the others, by name, with what differs about them.
+    """
+    with quiet():
+        models = [open_model(path) for path in (small, reference)]
+        ours, theirs = (list(_items(load_program(model))) for model in models)
+    problems = [("package", what) for what in _descriptions_differ(*models)]
+    known = {item.key: item for item in theirs}
+    order, count = [item.key for item in ours], Counter(item.key for item in theirs)
+    for sign, gone in (("is in the reference only", count - Counter(order)), ("is added", Counter(order) - count)):
+        problems += [(name, f"the {op_type} {sign}") for (_, op_type, name) in gone]
+    if not problems and order != [item.key for item in theirs]:
+        problems.append(("package", "its ops are in another order"))
+    palettes, identical = [], 0
+    for item in ours:
+        twin = known.get(item.key)
+        lookup = _lookup_of(item.op) if item.is_weight else None
+        if lookup is not None:
+            palettes.append(_palette(item, lookup, twin))
+        if twin is None:
+            continue
+        if what := _differ(item, twin, palettized=lookup is not None):
+            problems.append((item.key[2], what))
+        elif lookup is None:
+            identical += 1
+    return palettes, identical, problems
+
+
+class _Item(NamedTuple):
+    """An op beside which that of another program can stand.
+
+    Attributes:
+        key: function, type and name: every weight is of the type "weight", and its name is without suffixes.
+        op: the op.
+        is_weight: whether it is a constant, or the last of those that decompress one.
+    """
+
+    key: tuple[str, str, str]
+    op: Op
+    is_weight: bool
+
+
+def _items(program: Any) -> Iterator[_Item]:
+    for function, op in operations_of(program):
+        readers = op.outputs[-1].child_ops
+        constant = op.op_type == "const" or decompresses(op)
+        if constant and readers and all(map(decompresses, readers)):
+            continue  # a part of a weight
+        key = (function, "weight", weight_name(op)) if constant else (function, op.op_type, op.name)
+        yield _Item(key, op, constant)
+
+
+def _palette(item: _Item, lookup: Op, twin: _Item | None) -> Palette:
+    reference = None if twin is None else np.asarray(value_of(twin.op.outputs[0]))
+    try:
+        return Palette(item.key[2], read_table(lookup), reference)
+    except (ValueError, IndexError) as error:
+        return Palette(item.key[2], None, reference, str(error))
+
+
+def _differ(one: _Item, other: _Item, palettized: bool) -> str:
+    """What differs between two ops; empty if nothing does. Of a table, only what stands around it is compared."""
+    here, there = one.op.outputs[-1], other.op.outputs[-1]
+    if one.is_weight:
+        if (kind := _type(here)) != (wanted := _type(there)):
+            return f"it is {kind}, the reference {wanted}"
+        return "" if palettized else _constants_differ(one.op, other.op)
+    if [(var.name, _type(var)) for var in one.op.outputs] != [(var.name, _type(var)) for var in other.op.outputs]:
+        return "its outputs differ in name or type"
+    if one.op.inputs.keys() != other.op.inputs.keys():
+        return "its inputs differ"
+    for name in one.op.inputs:
+        if _names(one.op.inputs[name]) != _names(other.op.inputs[name]):
+            return f"its input {name} is another"
+    blocks = [[(_names(b.inputs), _names(b.outputs)) for b in op.blocks] for op in (one.op, other.op)]
+    return "" if blocks[0] == blocks[1] else "its blocks differ"
+
+
+def _constants_differ(one: Op, other: Op) -> str:
+    """What differs between two constants, or between all that they are decompressed from."""
+    if one.op_type != other.op_type:
+        return f"it is made by {one.op_type}, in the reference by {other.op_type}"
+    if one.op_type == "const":
+        first, second = one.outputs[0].val, other.outputs[0].val
+        if same_bits(first, second):
+            return ""
+        first, second = np.asarray(first), np.asarray(second)
+        return f"{int((first != second).sum())} of its {first.size} values differ from the reference's"
+    for name, var in one.inputs.items():
+        twin = other.inputs.get(name)
+        if (var is None) != (twin is None):
+            return f"its {name} is there in one of the packages"
+        if var is not None and (what := _constants_differ(var.op, twin.op)):
+            return f"{name}: {what}"
+    return ""
+
+
+def _names(given: Any) -> Any:
+    """The names of variables, those of weights without suffixes."""
+    if isinstance(given, list | tuple):
+        return tuple(map(_names, given))
+    op = getattr(given, "op", None)
+    if op is not None and (op.op_type == "const" or decompresses(op)):
+        return weight_name(op)
+    return getattr(given, "name", None)
+
+
+def _type(var: Any) -> str:
+    return f"{var.dtype.__type_info__()} {tuple(map(str, var.shape))}"
+
+
+def _descriptions_differ(one: Any, other: Any) -> Iterator[str]:
+    """How two models differ outside their programs."""
+    ours, theirs = one.get_spec(), other.get_spec()
+    for part in ("input", "output", "state", "functions"):
+        if [f.SerializeToString(deterministic=True) for f in getattr(ours.description, part)] != [
+            f.SerializeToString(deterministic=True) for f in getattr(theirs.description, part)
+        ]:
+            yield f"its description has another {part}"

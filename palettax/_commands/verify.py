@@ -1,0 +1,127 @@
+"""`palettax verify`: whether a small file is what it should be, bit for bit."""
+
+# No postponed annotations: typer reads them as objects.
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import typer
+
+import palettax as px
+from palettax._commands.app import app, examples
+from palettax._commands.console import DIFFERENT, plain_errors, print_json, print_table, say, sqnr_text
+from palettax._commands.files import PACKAGE, UnsoundError, kind_of, named_leaves, read_tree
+from palettax._commands.palettes import faults_of, misplaced
+from palettax._commands.weights import form_of, same_leaf
+from palettax._extras import require
+from palettax.leaf import PalettizedArray, as_numpy, is_palettized
+
+Problem = tuple[str, str]
+"""The name of what differs, and how."""
+
+_EXAMPLES = examples(
+    "palettax verify Small.mlpackage Model.mlpackage",
+    "palettax verify small.safetensors model.safetensors --json",
+)
+
+
+class _Checked(NamedTuple):
+    """A table beside the weight that it stands for; `misplaced` counts indices that are not of the nearest entry."""
+
+    name: str
+    form: str
+    sqnr: float
+    misplaced: int
+
+
+class _Verdict(NamedTuple):
+    """What was compared: the tables, how much else is identical, and what is not in order."""
+
+    palettized: list[_Checked]
+    identical: int
+    problems: list[Problem]
+
+
+@app.command(epilog=_EXAMPLES)
+def verify(
+    small: Annotated[Path, typer.Argument(metavar="SMALL", help="The file with the tables.")],
+    reference: Annotated[Path, typer.Argument(metavar="REFERENCE", help="The file that it was made from.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare bit for bit what is not palettized, and check every table against its weights.
+
+    Exit code 0: all is in order. 1: something differs, and the output names it. 2: there was nothing to compare.
+    """
+    with plain_errors("Interrupted"):
+        kinds = [kind_of(path) == PACKAGE for path in (small, reference)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"{small} and {reference}: a package is compared with a package; give two of one kind")
+        verdict = _packages(small, reference) if kinds[0] else _trees(small, reference)
+    ok = not verdict.problems
+    if as_json:
+        print_json({
+            "ok": ok,
+            "palettized": [row._asdict() for row in verdict.palettized],
+            "identical": verdict.identical,
+            "problems": [{"name": name, "problem": problem} for name, problem in verdict.problems],
+        })  # fmt: skip
+    else:
+        columns = {"palettized": "left", "SQNR": "right", "not nearest": "right", "form": "left"}
+        cells = [(row.name, sqnr_text(row.sqnr), f"{row.misplaced:,}", row.form) for row in verdict.palettized]
+        print_table(columns, cells)
+        say(*(f"{name}: {problem}" for name, problem in verdict.problems))
+        tables = f"{len(verdict.palettized)} palettized, {verdict.identical} others identical"
+        say(f"{tables}: all is in order" if ok else f"{tables}, NOT in order: {len(verdict.problems)}")
+    if not ok:
+        raise typer.Exit(DIFFERENT)
+
+
+def _packages(small: Path, reference: Path) -> _Verdict:
+    require("palettax.coreml", "coreml")
+    from palettax._commands.package import compare_packages
+
+    palettes, identical, problems = compare_packages(small, reference)
+    checked = []
+    for palette in palettes:
+        if palette.leaf is None:
+            problems.append((palette.name, palette.problem))
+        elif palette.reference is not None and palette.reference.shape == palette.leaf.shape:
+            checked.append(_check(palette.name, palette.leaf, palette.reference, problems))
+    return _Verdict(checked, identical, problems)
+
+
+def _trees(small: Path, reference: Path) -> _Verdict:
+    wanted = named_leaves(read_tree(reference)[0])
+    try:
+        found = named_leaves(read_tree(small)[0])
+    except UnsoundError as error:
+        return _Verdict([], 0, [(str(small), str(error))])
+    problems: list[Problem] = [(name, "is missing") for name in wanted if name not in found]
+    problems += [(name, "is not in the reference") for name in found if name not in wanted]
+    checked, identical = [], 0
+    for name, leaf in found.items():
+        if name not in wanted:
+            continue
+        other = wanted[name]
+        if leaf.shape != other.shape or leaf.dtype != other.dtype:
+            here, there = (f"{one.dtype} {tuple(one.shape)}" for one in (leaf, other))
+            problems.append((name, f"it is {here}, the reference {there}"))
+        elif is_palettized(leaf):
+            dense = as_numpy(other).depalettize() if is_palettized(other) else other
+            checked.append(_check(name, leaf, np.asarray(dense), problems))
+        elif same_leaf(leaf, other):
+            identical += 1
+        else:
+            problems.append((name, "it is dense, and its bits are not those of the reference"))
+    return _Verdict(checked, identical, problems)
+
+
+def _check(name: str, leaf: PalettizedArray, dense: np.ndarray, problems: list[Problem]) -> _Checked:
+    """One table; what is wrong with it is added to the problems."""
+    faults = faults_of(leaf)
+    far, too_far = (0, 0) if faults else misplaced(leaf, dense)
+    if too_far:
+        faults.append(f"{too_far} of {leaf.indices.size} indices are not those of the nearest entry")
+    problems += [(name, fault) for fault in faults]
+    sqnr = px.report({name: dense}, {name: as_numpy(leaf).depalettize()})[name].sqnr
+    return _Checked(name, form_of(leaf), sqnr, far)

@@ -1,0 +1,385 @@
+"""The command line: what it writes is what the library gives, and what it says is so."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from typer.testing import CliRunner
+
+import palettax as px
+from palettax._commands import app
+from palettax._commands.files import named_leaves
+from palettax.coreml import (
+    OpPalettizerConfig,
+    OptimizationConfig,
+    compress_weights,
+    from_torch,
+    read_palettes,
+    save_package,
+)
+from palettax.leaf import is_palettized
+from palettax.torch import to_params
+
+pytestmark = pytest.mark.filterwarnings("ignore:Implicitly cleaning up <TemporaryDirectory:ResourceWarning")
+
+
+def run(*arguments, code=0):
+    """What a command says on stdout, or, where it fails, on stderr."""
+    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "80"})
+    assert result.exit_code == code, result.output
+    return result.stderr if code == 2 else result.stdout
+
+
+def parts(tree):
+    """The bits of every part of every leaf, and what is static about it."""
+    found = {}
+    for name, leaf in named_leaves(tree).items():
+        inner, static = jax.tree.flatten(leaf)
+        found[name] = str(static), [(str(part.dtype), part.shape, np.asarray(part).tobytes()) for part in inner]
+    return found
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "embed.weight": torch.randn(96, 32, generator=generator).bfloat16(),
+        "layers.0.weight": torch.randn(64, 48, generator=generator),
+        "layers.0.bias": torch.randn(64, generator=generator),
+        "layers.1.weight": torch.randn(50, 64, generator=generator).half(),
+        "ids": torch.arange(3000),
+        "causal": torch.full((60, 60), -torch.inf),
+    }
+
+
+@pytest.fixture
+def file(tensors, tmp_path):
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def tree():
+    key = jax.random.key(0)
+    dense = {"kernel": jax.random.normal(key, (64, 96)), "bias": jnp.zeros(96)}
+    return {"params": {"dense": dense, "layers": [jax.random.normal(key, (64, 64)), None]}, "step": np.int64(3)}
+
+
+PALETTES = {
+    "--nbits 3": px.kmeans(3),
+    "": px.kmeans(4),
+    "--mode uniform --nbits 6 --group-size 16": px.uniform(6, granularity=px.Granularity(16, None)),
+    "--group-size 24 --channel-axis 1": px.kmeans(4, granularity=px.Granularity(24, 1)),
+    "--channel-scale --nbits 2": px.with_channel_scale(px.kmeans(2)),
+    "--vector-size 2 --nbits 1 --weight-threshold 3100": px.kmeans(
+        1, granularity=px.Granularity(None, None, 2), key=jax.random.key(0)
+    ),
+    "--mode unique": px.unique(),
+}
+
+
+@pytest.mark.parametrize("options", PALETTES)
+def test_a_small_file_holds_what_palettize_gives(file, tensors, tmp_path, options):
+    run("compress", file, tmp_path / "small.safetensors", *options.split())
+    given = to_params(tensors)
+    weights = {name: leaf for name, leaf in given.items() if name not in ("ids", "causal")}
+    if "24" in options:  # of which only 48 is a multiple
+        weights = {"layers.0.weight": weights["layers.0.weight"]}
+    if "3100" in options:
+        weights = {name: leaf for name, leaf in weights.items() if leaf.size > 3100}
+    expected = given | px.palettize(weights, PALETTES[options])
+    assert parts(px.load(tmp_path / "small.safetensors")) == parts(expected)
+    assert "all is in order" in run("verify", tmp_path / "small.safetensors", file)
+
+
+def test_a_checkpoint_of_torch(tensors, tmp_path):
+    tied = tensors | {"head.weight": tensors["embed.weight"]}
+    torch.save({"state_dict": tied, "epoch": 3}, tmp_path / "model.pt")
+    told = json.loads(run("compress", tmp_path / "model.pt", tmp_path / "small.pth", "--json"))
+    assert "epoch" in told["remarks"][0]
+    run("compress", tmp_path / "model.pt", tmp_path / "small.safetensors")
+    state = torch.load(tmp_path / "small.pth", weights_only=True)
+    assert "layers.0._COREML_/weight/lut" in state
+    assert state["head.weight"].data_ptr() == state["embed.weight"].data_ptr()
+    assert parts(to_params(state)) == parts(px.load(tmp_path / "small.safetensors"))
+    for small in ("small.pth", "small.safetensors"):
+        run("verify", tmp_path / small, tmp_path / "model.pt")
+    state["layers.0.weight"][3, 5] += 1  # on no table any more
+    torch.save(state, tmp_path / "small.pth")
+    assert "layers.0.weight: 1 of 3072" in run("verify", tmp_path / "small.pth", tmp_path / "model.pt", code=1)
+
+
+def test_nested_trees_from_save_and_from_orbax(tree, tmp_path):
+    import orbax.checkpoint as ocp
+
+    px.save(tmp_path / "tree.safetensors", tree)
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        manager.save(7, args=ocp.args.StandardSave(tree))
+    run("compress", tmp_path / "tree.safetensors", tmp_path / "one.safetensors", "--group-size", 16)
+    run("compress", tmp_path / "run" / "7" / "default", tmp_path / "other.safetensors", "--group-size", 16)
+    grouped = px.kmeans(4, granularity=px.Granularity(16, channel_axis=None))
+    expected = parts(px.palettize(tree, grouped))
+    assert parts(px.load(tmp_path / "one.safetensors")) == expected
+    assert parts(px.load(tmp_path / "other.safetensors")) == expected
+    run("verify", tmp_path / "one.safetensors", tmp_path / "run" / "7" / "default")
+    refused = run("compress", tmp_path / "run", tmp_path / "third.safetensors", code=2)
+    assert os.path.join("run", "7", "default") in refused
+
+
+def test_what_stays_dense_says_why(file, tensors, tmp_path):
+    told = json.loads(run("compress", file, tmp_path / "small.safetensors", "--group-size", 30, "--json"))
+    rows = {row["name"]: row for row in told["weights"]}
+    assert rows.keys() == tensors.keys()
+    assert rows["ids"]["skipped"] == "int64 is not floating"
+    assert rows["causal"]["skipped"] == "3600 NaN or infinite values"
+    assert rows["layers.0.bias"]["skipped"] == "≤ weight_threshold=2048"
+    assert rows["layers.0.weight"]["skipped"].startswith("group_size=30 does not divide")
+    assert told["nbytes_before"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert told["file_bytes"] == (tmp_path / "small.safetensors").stat().st_size
+
+
+CONFIG = """
+global: {nbits: 2}
+by_path:
+  embed: {nbits: 3, group_size: 16}
+  layers.1: null
+"""
+
+
+def test_a_configuration(file, tensors, tmp_path):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    run("compress", file, tmp_path / "small.safetensors", "--config", tmp_path / "config.yaml")
+    rules = [("embed", px.kmeans(3, granularity=px.Granularity(16, None))), ("layers.1", None), ("0", px.kmeans(2))]
+    weights = {name: leaf for name, leaf in to_params(tensors).items() if name not in ("ids", "causal")}
+    small = px.load(tmp_path / "small.safetensors")
+    assert parts({name: small[name] for name in weights}) == parts(px.palettize(weights, px.by_path(rules)))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("global: {nbit: 4}", "global: nbit: .* did you mean 'nbits'?"),
+        ("globl: {nbits: 4}", "globl: .* did you mean 'global'?"),
+        ("by_path: {embed: {nbits: 5}}", r"by_path\['embed'\]: nbits=5; use 1, 2, 3, 4, 6 or 8"),
+        ("by_path: {head: {nbits: 4}}", "regex 'head' matches no leaf"),
+        ("by_path: {'(': null}", "no regular expression"),
+        ("global: {nbits: [", "no YAML"),
+    ],
+)
+def test_a_configuration_that_is_wrong(file, tmp_path, config, said):
+    (tmp_path / "config.yaml").write_text(config)
+    refused = run("compress", file, tmp_path / "small.safetensors", "--config", tmp_path / "config.yaml", code=2)
+    assert re.search(said, refused)
+    assert not (tmp_path / "small.safetensors").exists()
+
+
+def test_the_file_itself_is_replaced_when_forced(file, tmp_path):
+    before = file.read_bytes()
+    assert "--force" in run("compress", file, file, code=2)
+    assert file.read_bytes() == before
+    run("compress", file, tmp_path / "small.safetensors")
+    run("compress", file, file, "--force")
+    assert parts(px.load(file)) == parts(px.load(tmp_path / "small.safetensors"))
+    assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "small.safetensors"]
+
+
+def test_what_differs_is_named(file, tmp_path):
+    small = tmp_path / "small.safetensors"
+    run("compress", file, small)
+    leaves = px.load(small)
+    indices = leaves["layers.0.weight"].indices
+    indices[3, 5] = 15 - indices[3, 5]
+    leaves["layers.0.bias"][2] += 1
+    leaves["embed.weight"].lut[..., 0, :] = np.nan
+    leaves["layers.1.weight"].lut[..., [0, 1], :] = leaves["layers.1.weight"].lut[..., [1, 0], :]
+    leaves["more"] = leaves.pop("ids")
+    px.save(small, leaves)
+    told = json.loads(run("verify", small, file, "--json", code=1))
+    assert not told["ok"]
+    assert told["identical"] == 1
+    problems = {problem["name"]: problem["problem"] for problem in told["problems"]}
+    assert problems.keys() == {"ids", "more", "layers.0.weight", "layers.0.bias", "embed.weight", "layers.1.weight"}
+    assert problems["layers.0.weight"] == "1 of 3072 indices are not those of the nearest entry"
+    assert problems["ids"] == "is missing"
+    assert "finite" in problems["embed.weight"]
+    assert "order" in problems["layers.1.weight"]
+
+
+def test_inspect(file, tensors, tmp_path):
+    small = tmp_path / "small.safetensors"
+    run("compress", file, small, "--group-size", 16)
+    told = json.loads(run("inspect", small, "--reference", file, "--json"))
+    rows = {row["name"]: row for row in told["weights"]}
+    dense, leaves = to_params(tensors), px.load(small)
+    for name, leaf in leaves.items():
+        row = rows[name]
+        assert row["nbytes"] == leaf.nbytes
+        assert row["shape"] == list(leaf.shape)
+        assert row["dtype"] == str(leaf.dtype)
+        if is_palettized(leaf):
+            assert row["form"] == f"4 bits, {np.prod(leaf.groups)} luts"
+            assert row["sqnr"] == pytest.approx(px.report(dense, leaves)[name].sqnr)
+        if row["histogram"] is not None:
+            assert sum(row["histogram"]["counts"]) == np.isfinite(dense[name].astype(np.float64)).sum()
+    assert rows["causal"]["histogram"] is None
+    table = run("inspect", small)
+    assert max(map(len, table.splitlines())) <= 80
+    assert re.search("[▁▂▃▄▅▆▇█]{10}", table)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Weights of four ops, in float16."""
+    from palettax.coreml.scoped import quiet  # before coremltools, whose import it silences
+
+    return _model(quiet, np.arange(64.0))
+
+
+def _model(quiet, bias):
+    import coremltools as ct
+    from coremltools.converters.mil import Builder as mb
+
+    random = np.random.default_rng(0)
+    shapes = {"conv": (64, 8, 3, 3), "mul": (64, 64), "right": (64, 48)}
+    weights = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+    @mb.program(input_specs=[mb.TensorSpec(shape=(1, 8, 3, 3))], opset_version=ct.target.iOS18)
+    def program(x):
+        x = mb.conv(x=x, weight=weights["conv"], bias=bias.astype(np.float32), name="conv")
+        x = mb.linear(x=mb.reshape(x=x, shape=(1, 64)), weight=weights["mul"], name="mul")
+        return mb.matmul(x=mb.relu(x=x), y=weights["right"], name="right")
+
+    with quiet():
+        return ct.convert(program, skip_model_load=True, minimum_deployment_target=ct.target.iOS18)
+
+
+@pytest.mark.parametrize("options", ["--nbits 4", "--nbits 2 --group-size 16", "--channel-scale", "--mode uniform"])
+def test_a_package(model, tmp_path, options):
+    save_package(model, tmp_path / "m.mlpackage")
+    told = json.loads(run("compress", tmp_path / "m.mlpackage", tmp_path / "s.mlpackage", "--json", *options.split()))
+    small = read_palettes(tmp_path / "s.mlpackage")
+    rows = {row["name"]: row for row in told["weights"]}
+    assert [row["nbits"] for row in rows.values() if row["nbits"]] == [leaf.nbits for leaf in small.values()]
+    assert len(small) == 3
+    if options == "--nbits 4":
+        given = {row["name"]: row for row in json.loads(run("inspect", tmp_path / "m.mlpackage", "--json"))["weights"]}
+        assert given.keys() > small.keys()
+        assert rows.keys() == {f"{name}_to_fp16" for name in given}
+    verdict = json.loads(run("verify", tmp_path / "s.mlpackage", tmp_path / "m.mlpackage", "--json"))
+    assert verdict["ok"]
+    assert {row["name"]: row["form"].split(",")[0] for row in verdict["palettized"]} == {
+        name: f"{leaf.nbits} bits" for name, leaf in small.items()
+    }
+    for row, reported in zip(verdict["palettized"], filter(lambda row: row["nbits"], rows.values()), strict=True):
+        assert row["sqnr"] == pytest.approx(reported["sqnr"])
+
+
+def test_what_differs_in_a_package_is_named(model, tmp_path):
+    from palettax.coreml.scoped import quiet
+
+    def flipped(weights):
+        lut, indices = px.kmeans_lut(weights.reshape(-1), 4)[:2]
+        return lut, np.where(np.arange(weights.size) == 7, 15 - np.asarray(indices), indices)
+
+    save_package(model, tmp_path / "m.mlpackage")
+    config = OptimizationConfig(
+        op_name_configs={"mul_weight_0_to_fp16": OpPalettizerConfig(mode="custom", lut_function=flipped)}
+    )
+    save_package(compress_weights(model, config).mlmodel, tmp_path / "s.mlpackage")
+    told = run("verify", tmp_path / "s.mlpackage", tmp_path / "m.mlpackage", code=1)
+    assert "1 of 4096 indices are not those of the nearest entry" in told
+    save_package(_model(quiet, np.arange(64.0) + (np.arange(64) == 5)), tmp_path / "other.mlpackage")
+    told = json.loads(run("verify", tmp_path / "other.mlpackage", tmp_path / "m.mlpackage", "--json", code=1))
+    (problem,) = told["problems"]
+    assert "bias" in problem["name"]
+    assert problem["problem"] == "1 of its 64 values differ from the reference's"
+
+
+def test_a_package_beside_the_state_dict_that_it_came_from(tmp_path):
+    layer = torch.nn.Linear(64, 64)
+    torch.save(layer.state_dict(), tmp_path / "layer.pt")
+    small = px.palettize(to_params(layer.state_dict()), px.quantize_lut(px.kmeans(4), "int8"))
+    package = from_torch(layer, torch.ones(1, 64), small, minimum_deployment_target="iOS18")
+    save_package(package, tmp_path / "layer.mlpackage")
+    told = run("inspect", tmp_path / "layer.mlpackage", "--reference", tmp_path / "layer.pt", "--json")
+    rows = {row["name"]: row for row in json.loads(told)["weights"]}
+    assert rows["weight"]["form"] == "4 bits, 1 lut, int8"
+    assert rows["weight"]["sqnr"] == pytest.approx(
+        px.report(to_params(layer.state_dict()), small)["weight"].sqnr, abs=0.1
+    )
+    run("verify", tmp_path / "layer.mlpackage", tmp_path / "layer.pt", code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("compress nowhere.pt out.pt", "there is no such file"),
+        ("compress text.txt out.pt", "'.txt' is no kind of weights"),
+        ("compress model.safetensors out.pt", "is written to .safetensors"),
+        ("compress model.safetensors folder/out.safetensors", "there is no such folder"),
+        ("compress model.safetensors out.safetensors --nbits 5", "nbits"),
+        ("compress model.safetensors out.safetensors --nbits 4 --config c.yaml", "leave out --nbits"),
+        ("compress model.safetensors out.safetensors --config c.yaml", "c.yaml"),
+        ("inspect short.safetensors", "truncated or no safetensors"),
+        ("inspect module.pt", "nothing is unpickled"),
+        ("inspect list.pt", "holds a list, not a dict of tensors"),
+        ("inspect broken.mlpackage", "is no Core ML package"),
+        ("inspect empty", "no orbax checkpoint"),
+        ("verify broken.mlpackage model.safetensors", "of one kind"),
+    ],
+)
+def test_errors_take_one_line(file, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.mlpackage").mkdir()
+    (tmp_path / "short.safetensors").write_bytes(file.read_bytes()[:-10])
+    torch.save(torch.nn.Linear(2, 2), "module.pt")
+    torch.save([torch.ones(2)], "list.pt")
+    told = run(*arguments.split(), code=2)
+    assert told.count("\n") == 1
+    assert said in told
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("command", ["compress", "inspect", "verify", "demo"])
+def test_help_has_two_examples_and_fits_80_columns(command):
+    told = run(command, "--help")
+    assert max(map(len, told.splitlines())) <= 80
+    assert len(re.findall(rf"^ palettax {command}", told, re.MULTILINE)) == 2
+
+
+COMMAND = [sys.executable, "-c", "from palettax.cli import main; main()"]
+
+
+def test_an_interrupted_run_leaves_the_old_file_whole(tmp_path):
+    file = tmp_path / "model.safetensors"
+    random = np.random.default_rng(0)
+    weights = {f"{n}": torch.from_numpy(random.normal(size=(512, 512)).astype(np.float32)) for n in range(40)}
+    safetensors.torch.save_file(weights, file)
+    before = file.read_bytes()
+    options = ["--nbits", "8", "--channel-scale", "--force"]
+    running = subprocess.Popen([*COMMAND, "compress", file, file, *options], stderr=subprocess.PIPE, text=True)
+    time.sleep(4)
+    running.send_signal(signal.SIGINT)
+    assert running.communicate(timeout=60)[1] == "Interrupted; nothing was written\n"
+    assert running.returncode == 130
+    assert file.read_bytes() == before
+    assert os.listdir(tmp_path) == [file.name]
+
+
+def test_json_is_all_there_is_on_stdout(file, tmp_path):
+    command = [*COMMAND, "compress", file, tmp_path / "small.safetensors", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert json.loads(done.stdout)["out"] == str(tmp_path / "small.safetensors")
+    assert done.stderr == ""
