@@ -9,6 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def size_on_disk(path: str | os.PathLike[str]) -> int:
+    """The bytes of a file, or of all files of a folder."""
+    files = Path(path).rglob("*") if Path(path).is_dir() else [Path(path)]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A fresh file to write to, which takes the place of the one at the path when the block ends well.

@@ -11,7 +11,7 @@ import numpy as np
 from palettax._paths import difference, identity_of, leaf_names
 from palettax._typing import Tree
 from palettax.clustering.points import distinct_count
-from palettax.leaf import PalettizedArray, as_numpy, is_palettized, split_blocks
+from palettax.leaf import PalettizedArray, as_numpy, depalettize, is_palettized, split_blocks
 from palettax.palettize import WEIGHT_THRESHOLD, count_nonfinite
 from palettax.transforms.base import aligned, shared
 
@@ -173,8 +173,8 @@ def _leaf_report(before: Any, now: Any, weight_threshold: int) -> LeafReport:
 
 
 def _dense(leaf: Any) -> np.ndarray:
-    """A leaf's weights, computed on the host, where nothing is compiled for their shape."""
-    return np.asarray(as_numpy(leaf).depalettize() if is_palettized(leaf) else leaf)
+    """A leaf's weights, computed on the host."""
+    return np.asarray(depalettize(as_numpy(leaf)) if is_palettized(leaf) else leaf)
 
 
 def _sqnr(before: np.ndarray, now: Any) -> float:

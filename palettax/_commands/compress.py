@@ -20,11 +20,12 @@ from palettax._commands.console import (
     shape_text,
     sqnr_text,
 )
-from palettax._commands.files import PACKAGE, bytes_of, check_output, kind_of, read_tree, write_tree
+from palettax._commands.files import PACKAGE, check_output, kind_of, read_tree, write_tree
 from palettax._commands.interruption import Interruption
 from palettax._commands.recipe import Palette, Rules, palettize_tree, read_rules
 from palettax._commands.weights import bits_and_tables
 from palettax._extras import require
+from palettax._files import size_on_disk
 
 
 class _Mode(StrEnum):
@@ -105,7 +106,7 @@ def compress(
             raise ValueError(
                 f"--config says how weights are palettized; leave out {names}, or write that into {config}"
             )
-        before = bytes_of(source)
+        before = size_on_disk(source)
         work = _package if kind_of(source) == PACKAGE else _tree
         done = work(source, out, _palette(given), config, interruption)
         with interruption.held(f"Interrupted; {out} was written, whole"):
@@ -159,7 +160,7 @@ def _package(source: Path, out: Path, palette: Palette, config: Path | None, int
 
 
 def _show(done: _Done, source: Path, before: int, out: Path, as_json: bool) -> None:
-    report, after = done.report, bytes_of(out)
+    report, after = done.report, size_on_disk(out)
     if as_json:
         print_json({
             "source": str(source),

@@ -20,8 +20,9 @@ from palettax._commands.console import (
     sparkline,
     sqnr_text,
 )
-from palettax._commands.files import PACKAGE, bytes_of, kind_of
+from palettax._commands.files import PACKAGE, kind_of
 from palettax._commands.weights import Weight, read_weights
+from palettax._files import size_on_disk
 
 _BINS = 10
 _EXAMPLES = examples(
@@ -45,7 +46,7 @@ def inspect(
         weights = read_weights(file)
         dense = None if reference is None else _by_both_names(reference, kind_of(file) == PACKAGE)
         rows = [_row(name, weight, dense) for name, weight in weights.items()]
-        size = bytes_of(file)
+        size = size_on_disk(file)
     if as_json:
         print_json({"file": str(file), "file_bytes": size, "weights": rows})
         return

@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from palettax._commands.weights import same_bits
 from palettax.coreml.constexpr import value_of
 from palettax.coreml.package import Op, load_program, op_name, open_model, operations_of, read_names
 from palettax.coreml.read_table import LOOKUPS, read_table
 from palettax.coreml.scoped import quiet
 from palettax.coreml.weights import compressed_row, decompresses, weights_of
-from palettax.leaf import PalettizedArray
+from palettax.leaf import PalettizedArray, same_bits
 
 Leaf = PalettizedArray | np.ndarray
 

@@ -12,9 +12,9 @@ from palettax._commands.app import app, examples
 from palettax._commands.console import DIFFERENT, plain_errors, print_json, print_table, say, sqnr_text
 from palettax._commands.files import PACKAGE, UnsoundError, kind_of, named_leaves, read_tree
 from palettax._commands.palettes import faults_of, misplaced
-from palettax._commands.weights import form_of, same_leaf
+from palettax._commands.weights import form_of
 from palettax._extras import require
-from palettax.leaf import PalettizedArray, as_numpy, is_palettized
+from palettax.leaf import PalettizedArray, as_numpy, depalettize, is_palettized, same_bits
 
 Problem = tuple[str, str]
 """The name of what differs, and how."""
@@ -107,9 +107,8 @@ def _trees(small: Path, reference: Path) -> _Verdict:
             here, there = (f"{one.dtype} {tuple(one.shape)}" for one in (leaf, other))
             problems.append((name, f"it is {here}, the reference {there}"))
         elif is_palettized(leaf):
-            dense = as_numpy(other).depalettize() if is_palettized(other) else other
-            checked.append(_check(name, leaf, np.asarray(dense), problems))
-        elif same_leaf(leaf, other):
+            checked.append(_check(name, leaf, np.asarray(depalettize(as_numpy(other))), problems))
+        elif not is_palettized(other) and same_bits(leaf, other):
             identical += 1
         else:
             problems.append((name, "it is dense, and its bits are not those of the reference"))

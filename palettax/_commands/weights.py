@@ -6,12 +6,11 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from palettax._commands.files import PACKAGE, kind_of, named_leaves, read_tree
 from palettax._extras import require
-from palettax.leaf import PalettizedArray, as_numpy, has_levels, is_palettized
+from palettax.leaf import PalettizedArray, as_numpy, depalettize, has_levels, is_palettized
 
 
 class Weight(NamedTuple):
@@ -29,8 +28,7 @@ class Weight(NamedTuple):
 
     def values(self) -> np.ndarray:
         """The weight as a dense array."""
-        leaf = self.leaf
-        return np.asarray(as_numpy(leaf).depalettize() if isinstance(leaf, PalettizedArray) else leaf)
+        return np.asarray(depalettize(as_numpy(self.leaf)))
 
 
 def read_weights(path: Path) -> dict[str, Weight]:
@@ -80,19 +78,3 @@ def bits_and_tables(nbits: int, groups: tuple[int, ...]) -> str:
     """
     tables = math.prod(groups)
     return f"{nbits} bit{'s' * (nbits > 1)}, {tables} lut{'s' * (tables > 1)}"
-
-
-def same_leaf(one: Any, other: Any) -> bool:
-    """Whether two leaves are of one form, and each of their parts has the same bits."""
-    first, second = (jax.tree.flatten(leaf, is_leaf=lambda part: part is None) for leaf in (one, other))
-    return first[1] == second[1] and all(map(same_bits, first[0], second[0]))
-
-
-def same_bits(one: Any, other: Any) -> bool:
-    """Whether two arrays, or two Nones, have one shape, one dtype and the same bits; texts are compared as such."""
-    if one is None or other is None:
-        return one is other
-    one, other = np.asarray(one), np.asarray(other)
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return one.tolist() == other.tolist() if one.dtype.kind in "USO" else one.tobytes() == other.tobytes()

@@ -18,8 +18,7 @@ def import_quietly(module: str) -> Any:
     try:
         with warnings.catch_warnings():
             # Its docstrings hold escapes that Python deprecates, which warn whenever they are compiled anew.
-            warnings.filterwarnings("ignore", "invalid escape sequence")
-            warnings.filterwarnings("ignore", r".*invalid escape sequence", SyntaxWarning)
+            warnings.filterwarnings("ignore", ".*invalid escape sequence")
             return require(module, "coreml")
     finally:
         logger.setLevel(level)

@@ -16,9 +16,8 @@ from palettax.coreml.forms import in_package, target_of
 from palettax.coreml.package import op_name, open_model, operations
 from palettax.coreml.read import read_palettes
 from palettax.coreml.weights import decompresses, is_weight
-from palettax.leaf import PalettizedArray, has_levels, is_palettized
+from palettax.leaf import PalettizedArray, has_levels, is_palettized, same_bits
 from palettax.torch.load import tables_of
-from palettax.torch.match import same_bits
 from palettax.torch.names import flatten_names
 from palettax.torch.plain import check_plain
 

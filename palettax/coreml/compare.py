@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from palettax.leaf import PalettizedArray, as_numpy, has_levels
-from palettax.torch.match import same_bits
+from palettax.leaf import PalettizedArray, as_numpy, has_levels, same_bits
 
 
 def same(one: PalettizedArray, other: PalettizedArray) -> bool:

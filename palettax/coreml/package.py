@@ -16,6 +16,8 @@ from coremltools.converters.mil.converter import mil_convert
 from coremltools.converters.mil.frontend.milproto.load import load
 from coremltools.converters.mil.mil import Program
 
+from palettax._files import size_on_disk
+
 Op = Any
 """An op of coremltools, which has its inputs as attributes that no type declares."""
 
@@ -183,4 +185,4 @@ def save_package(mlmodel: ct.models.MLModel, path: str | Path) -> Path:
 
 def package_bytes(path: str | Path) -> int:
     """The bytes of every file in a package."""
-    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+    return size_on_disk(path)

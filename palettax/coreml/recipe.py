@@ -27,7 +27,7 @@ def transform_of(config: OpPalettizerConfig, op: Op, numbers: Numbers) -> Palett
         numbers: what is stored for it. Under a scale of theirs they get no other.
     """
     granularity = _granularity(config, op)
-    inner = _MODES[config.mode](config, granularity, numbers.values.shape)
+    inner = _tables(config, granularity, numbers.values.shape)
     if config.enable_per_channel_scale and numbers.scale is None:
         inner = with_channel_scale(inner, channel_axis=output_axis(op))
     return inner if numbers.mask is None else keep_zeros(inner, sparse=True)
@@ -76,33 +76,19 @@ def _granularity(config: OpPalettizerConfig, op: Op) -> Granularity:
     return Granularity(size, axis, vector_size=config.cluster_dim)
 
 
-def _kmeans(config: OpPalettizerConfig, granularity: Granularity, shape: tuple[int, ...]) -> PaletteTransformation:
+def _tables(config: OpPalettizerConfig, granularity: Granularity, shape: tuple[int, ...]) -> PaletteTransformation:
+    """The transform of the mode."""
+    if config.lut_function is not None:
+        groups = granularity.groups(shape)
+        block = tuple(length // count for length, count in zip(shape, groups, strict=True))
+        axis = max(range(len(shape)), key=lambda a: groups[a])
+        return custom(_in_own_shape(config.lut_function, block, axis), granularity=granularity)
+    if config.nbits is None:
+        return unique(granularity=granularity)
+    if config.mode == "uniform":
+        return uniform(config.nbits, granularity=granularity)
     key = jax.random.key(0) if config.cluster_dim > 1 else None
-    return kmeans(_bits(config), granularity=granularity, key=key)
-
-
-def _uniform(config: OpPalettizerConfig, granularity: Granularity, shape: tuple[int, ...]) -> PaletteTransformation:
-    return uniform(_bits(config), granularity=granularity)
-
-
-def _unique(config: OpPalettizerConfig, granularity: Granularity, shape: tuple[int, ...]) -> PaletteTransformation:
-    return unique(granularity=granularity)
-
-
-def _custom(config: OpPalettizerConfig, granularity: Granularity, shape: tuple[int, ...]) -> PaletteTransformation:
-    assert config.lut_function is not None
-    groups = granularity.groups(shape)
-    block = tuple(length // count for length, count in zip(shape, groups, strict=True))
-    axis = max(range(len(shape)), key=lambda a: groups[a])
-    return custom(_in_own_shape(config.lut_function, block, axis), granularity=granularity)
-
-
-_MODES: dict[str, Callable[..., PaletteTransformation]] = {
-    "kmeans": _kmeans,
-    "uniform": _uniform,
-    "unique": _unique,
-    "custom": _custom,
-}
+    return kmeans(config.nbits, granularity=granularity, key=key)
 
 
 def _in_own_shape(function: Callable[..., Any], block: tuple[int, ...], axis: int) -> Callable[..., Any]:
@@ -116,11 +102,6 @@ def _in_own_shape(function: Callable[..., Any], block: tuple[int, ...], axis: in
         return lut, np.moveaxis(np.asarray(indices).reshape(weights.shape), 0, axis).reshape(-1)
 
     return of_row
-
-
-def _bits(config: OpPalettizerConfig) -> int:
-    assert config.nbits is not None
-    return config.nbits
 
 
 def in_bits_of(leaf: PalettizedArray, target: ct.target) -> PalettizedArray:

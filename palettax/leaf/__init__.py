@@ -4,6 +4,7 @@ from palettax.leaf.blocks import merge_blocks as merge_blocks
 from palettax.leaf.blocks import split_blocks as split_blocks
 from palettax.leaf.dense import level_numbers as level_numbers
 from palettax.leaf.dense import multiply_scales as multiply_scales
+from palettax.leaf.dense import same_bits as same_bits
 from palettax.leaf.dense import spread as spread
 from palettax.leaf.granularity import PER_TENSOR as PER_TENSOR
 from palettax.leaf.granularity import Granularity as Granularity

@@ -14,6 +14,26 @@ from palettax._typing import Array
 from palettax.clustering.levels import ZERO_LEVEL
 
 
+def same_bits(one: Any, other: Any) -> bool:
+    """Whether two arrays have one shape, one dtype and the same bits; None equals None.
+
+    Args:
+        one: an array or None.
+        other: an array or None.
+
+    Returns:
+        The answer; -0 differs from 0, and a NaN equals the same NaN.
+
+    Example:
+        >>> same_bits(np.zeros(2), -np.zeros(2))
+        False
+    """
+    if one is None or other is None:
+        return one is other
+    one, other = np.asarray(one), np.asarray(other)
+    return one.shape == other.shape and one.dtype == other.dtype and one.tobytes() == other.tobytes()
+
+
 def group_numbers(xp: Any, groups: tuple[int, ...], shape: tuple[int, ...]) -> Int[Array, "*shape"]:
     """Which table each place of an index array reads, the tables counted in row-major order; broadcasts to it."""
     rank = len(shape)

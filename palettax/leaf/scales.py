@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from palettax._typing import Array
+from palettax.clustering.checks import as_host
 from palettax.leaf.blocks import split_vectors
 from palettax.leaf.dense import level_numbers, multiply_blocks, spread
 from palettax.leaf.palettized_array import PalettizedArray
@@ -20,9 +22,12 @@ def has_levels(leaf: PalettizedArray) -> bool:
     return np.dtype(leaf.lut.dtype) != leaf.dtype
 
 
-def as_numpy(leaf: PalettizedArray) -> PalettizedArray:
-    """The leaf with NumPy arrays, so that no product depends on who computes it."""
-    return jax.tree.map(np.asarray, leaf)
+def as_numpy(leaf: Any) -> Any:
+    """A leaf, palettized or not, with NumPy arrays where they are concrete.
+
+    Nothing is then compiled for its shape, and no product depends on who computes it.
+    """
+    return jax.tree.map(as_host, leaf)
 
 
 def table_scale(leaf: PalettizedArray) -> Float[Array, "*groups k vector"] | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 
@@ -55,29 +53,6 @@ def match_indices(
         indices[here] = found.reshape(indices[here].shape)
         missing += int(hit.size - hit.sum())
     return indices, missing
-
-
-def same_bits(one: Any, other: Any) -> bool:
-    """Whether two arrays have one shape, one dtype and the same bits; None equals None.
-
-    Args:
-        one: an array or None.
-        other: an array or None.
-
-    Returns:
-        The answer; -0 differs from 0, and a NaN equals the same NaN.
-
-    Example:
-        >>> same_bits(np.zeros(2), -np.zeros(2))
-        False
-    """
-    if one is None or other is None:
-        return one is other
-    one, other = np.ascontiguousarray(one), np.ascontiguousarray(other)
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    unsigned = f"u{one.dtype.itemsize}"
-    return bool(np.array_equal(one.view(unsigned), other.view(unsigned)))
 
 
 def _rows(block: Shaped[np.ndarray, ...], axis: int | None, vector: int) -> Shaped[np.ndarray, "n vector"]:

@@ -18,12 +18,13 @@ from palettax.leaf import (
     has_levels,
     is_palettized,
     multiply_scales,
+    same_bits,
     scaled_lut,
     spread,
     table_scale,
     tables_per_scale,
 )
-from palettax.torch.match import match_indices, same_bits
+from palettax.torch.match import match_indices
 from palettax.torch.names import flatten_names, owner_and_attribute
 from palettax.torch.plain import broadcasts, check_plain
 from palettax.torch.tensors import to_numpy, to_tensor

@@ -68,7 +68,7 @@ def with_channel_scale(
         """Least squares per channel; `leaf` is of the scaled weights."""
         if not is_palettized(leaf) or scale.size == 1:
             return scale
-        values, wide, mass = _wide(_values(leaf), weights, sensitivity)
+        values, wide, mass = _wide(as_numpy(leaf).depalettize(), weights, sensitivity)
         others = tuple(a for a, length in enumerate(scale.shape) if length == 1)
         top = (mass * wide * values).sum(axis=others, keepdims=True)
         bottom = (mass * values * values).sum(axis=others, keepdims=True)
@@ -168,11 +168,6 @@ def _wide(values: Array, weights: Array, sensitivity: Array | None) -> tuple[Arr
     return values, xp.where(mass > 0, weights, values), mass
 
 
-def _values(leaf: PalettizedArray) -> Array:
-    """What the leaf stands for; on the host where it is concrete, where nothing is compiled for its shape."""
-    return (leaf if any(map(is_traced, jax.tree.leaves(leaf))) else as_numpy(leaf)).depalettize()
-
-
 def _error(leaf: PalettizedArray, weights: Array, sensitivity: Array | None) -> Any:
-    values, weights, mass = _wide(_values(leaf), weights, sensitivity)
+    values, weights, mass = _wide(as_numpy(leaf).depalettize(), weights, sensitivity)
     return (mass * (weights - values) ** 2).sum()

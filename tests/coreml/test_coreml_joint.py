@@ -22,7 +22,7 @@ from palettax.coreml import (
 )
 from palettax.coreml.package import operations
 from palettax.coreml.scoped import quiet
-from palettax.torch.match import same_bits
+from palettax.leaf import same_bits
 
 TWO_BITS = OptimizationConfig({"nbits": 2, "weight_threshold": 100})
 

@@ -33,7 +33,7 @@ from palettax.coreml import (
     save_package,
 )
 from palettax.coreml.package import operations
-from palettax.torch.match import same_bits
+from palettax.leaf import same_bits
 
 
 def asked(**keys):

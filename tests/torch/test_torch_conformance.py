@@ -42,15 +42,6 @@ def library(request):
     return LIBRARIES[request.param]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Layers this small spend their time waiting for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from test_torch_configs import SKM_YAML
 
 import palettax as px
 import palettax.coreml  # before coremltools, whose import it keeps quiet
@@ -29,15 +30,6 @@ from palettax.torch import (
 import coremltools as ct  # isort: skip
 
 BATCH = 16
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Layers this small spend their time waiting for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -122,19 +114,7 @@ def test_converting_needs_no_option_but_a_target():
 
 def test_sensitive_k_means_from_yaml(digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "palettization_config.yaml").write_text(
-        """\
-global_config:
-  n_bits: 4
-module_type_configs:
-  Linear:
-    n_bits: 6
-module_name_configs:
-  conv1: null
-  conv3: null
-calibration_nsamples: 64
-"""
-    )
+    (tmp_path / "palettization_config.yaml").write_text(SKM_YAML)
     torch_model = get_torch_model()
     palettization_config = SKMPalettizerConfig.from_yaml("palettization_config.yaml")
 
