@@ -212,7 +212,7 @@ def test_what_differs_is_named(file, tmp_path):
     assert problems["layers.0.weight"] == "1 of 3072 indices are not those of the nearest entry"
     assert problems["ids"] == "is missing"
     assert "finite" in problems["embed.weight"]
-    assert "order" in problems["layers.1.weight"]
+    assert "nearest" in problems["layers.1.weight"]
 
 
 def test_inspect(file, tensors, tmp_path):
@@ -383,3 +383,32 @@ def test_json_is_all_there_is_on_stdout(file, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert json.loads(done.stdout)["out"] == str(tmp_path / "small.safetensors")
     assert done.stderr == ""
+
+
+def test_what_a_mask_leaves_out_is_compared_too(tmp_path):
+    weights = {"w": np.where(np.arange(4096).reshape(64, 64) % 3, np.random.default_rng(0).normal(size=(64, 64)), 0)}
+    px.save(tmp_path / "pruned.safetensors", {"w": weights["w"].astype(np.float32)})
+    px.save(tmp_path / "dense.safetensors", {"w": np.where(weights["w"], weights["w"], 0.5).astype(np.float32)})
+    small = px.palettize(weights | {"w": weights["w"].astype(np.float32)}, px.keep_zeros(px.kmeans(4), sparse=True))
+    px.save(tmp_path / "small.safetensors", small)
+    run("verify", tmp_path / "small.safetensors", tmp_path / "pruned.safetensors")
+    told = run("verify", tmp_path / "small.safetensors", tmp_path / "dense.safetensors", code=1)
+    assert "1366 of its weights that have no entry" in told
+
+
+def test_a_fault_that_nobody_foresaw_is_no_difference(file, monkeypatch):
+    monkeypatch.setattr("palettax._commands.verify.named_leaves", lambda tree: {}[1])
+    assert "Error: 1" in run("verify", file, file, code=2)
+
+
+def test_a_table_in_any_order_is_in_order(model, tmp_path):
+    """Core ML asks for no order, and coremltools keeps none."""
+
+    def descending(weights):
+        lut, indices = px.kmeans_lut(weights.reshape(-1), 4)[:2]
+        return lut[::-1], 15 - np.asarray(indices)
+
+    save_package(model, tmp_path / "m.mlpackage")
+    config = OptimizationConfig(OpPalettizerConfig(mode="custom", lut_function=descending))
+    save_package(compress_weights(model, config).mlmodel, tmp_path / "s.mlpackage")
+    run("verify", tmp_path / "s.mlpackage", tmp_path / "m.mlpackage")

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,8 +45,8 @@ def plain_errors(interrupted: str) -> Iterator[Interruption]:
                 complain(interrupted)
                 raise typer.Exit(INTERRUPTED) from None
             if not isinstance(error, ValueError | OSError | ImportError):
-                raise
-            complain(f"Error: {error}")
+                traceback.print_exc()  # nobody foresaw it, and whoever mends it needs to know where it was
+            complain(f"Error: {error or type(error).__name__}")
             raise typer.Exit(FAILED) from None
 
 

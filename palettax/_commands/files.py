@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,15 @@ def check_output(source: Path, out: Path, force: bool) -> None:
     """
     kind = kind_of(source)
     allowed = _OUTPUTS[kind]
-    if out.suffix.lower() not in allowed:
+    if out.suffix not in allowed:
         written = " or ".join(allowed)
         raise ValueError(
             f"{out}: what comes from {'orbax' if kind == ORBAX else source.suffix} is written to {written}"
         )
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent}: there is no such folder; make it first")
+    if not os.access(out.parent, os.W_OK):
+        raise PermissionError(f"{out.parent}: this folder may not be written to")
     if out.exists() and kind_of(out) and not force:
         raise ValueError(f"{out} is there already; give --force to replace it")
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from palettax.coreml.constexpr import value_of
 from palettax.coreml.package import Op, load_program, op_name, open_model, operations_of, read_names
+from palettax.coreml.read import table_name
 from palettax.coreml.read_table import LOOKUPS, read_table
 from palettax.coreml.scoped import quiet
 from palettax.coreml.weights import compressed_row, decompresses, weights_of
@@ -35,7 +36,8 @@ def package_weights(path: Path) -> dict[str, tuple[Leaf, str, int | None]]:
         for function, op in weights_of(load_program(mlmodel)):
             own = weight_name(op)
             for name in noted.get(own, [own]):
-                found[name if name not in found else f"{function}.{name}"] = _read(op)
+                free = next(key for key in (name, f"{function}.{name}", f"{function}.{op.name}") if key not in found)
+                found[free] = _read(op)
         return found
 
 
@@ -61,7 +63,8 @@ def _lookup_of(op: Op) -> Op | None:
 
 def weight_name(op: Op) -> str:
     """The name of the weight that an op is, or is the last one to decompress."""
-    return op_name((_lookup_of(op) or op).name)
+    lookup = _lookup_of(op)
+    return op_name(op.name) if lookup is None else table_name(lookup)
 
 
 class Palette(NamedTuple):
@@ -119,7 +122,8 @@ class _Item(NamedTuple):
     """An op beside which that of another program can stand.
 
     Attributes:
-        key: function, type and name: every weight is of the type "weight", and its name is without suffixes.
+        key: function, type and name: every weight is of the type "weight", and its name is without suffixes, but
+            numbered where that leaves two of one name.
         op: the op.
         is_weight: whether it is a constant, or the last of those that decompress one.
     """
@@ -130,13 +134,16 @@ class _Item(NamedTuple):
 
 
 def _items(program: Any) -> Iterator[_Item]:
+    taken: Counter[tuple[str, str, str]] = Counter()
     for function, op in operations_of(program):
         readers = op.outputs[-1].child_ops
         constant = op.op_type == "const" or decompresses(op)
         if constant and readers and all(map(decompresses, readers)):
             continue  # a part of a weight
         key = (function, "weight", weight_name(op)) if constant else (function, op.op_type, op.name)
-        yield _Item(key, op, constant)
+        taken[key] += 1
+        name = key[2] if taken[key] == 1 else f"{key[2]} ({taken[key]})"
+        yield _Item((function, key[1], name), op, constant)
 
 
 def _palette(item: _Item, lookup: Op, twin: _Item | None) -> Palette:

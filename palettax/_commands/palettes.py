@@ -13,7 +13,7 @@ _ROUNDINGS = 4
 
 
 def faults_of(leaf: PalettizedArray) -> list[str]:
-    """What is wrong with a table by itself: invariants, order of the entries, numbers that are not finite."""
+    """What is wrong with a table by itself: invariants, numbers that are not finite, indices outside it."""
     try:
         leaf.validate()
     except ValueError as error:
@@ -21,8 +21,6 @@ def faults_of(leaf: PalettizedArray) -> list[str]:
     faults, lut = [], level_numbers(np, np.asarray(leaf.lut), np.dtype(np.float32))
     if (bad := int((~np.isfinite(lut)).sum())) or (leaf.scale is not None and not np.isfinite(leaf.scale).all()):
         faults.append(f"{bad} of its entries, or its scale, are not finite")
-    if leaf.vector_size == 1 and (lut[..., 1:, 0] < lut[..., :-1, 0]).any():
-        faults.append("its table is not in ascending order")
     if int(np.max(leaf.indices, initial=0)) >= lut.shape[-2]:
         faults.append(f"an index is outside its table of {lut.shape[-2]} entries")
     return faults

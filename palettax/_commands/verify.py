@@ -121,6 +121,9 @@ def _check(name: str, leaf: PalettizedArray, dense: np.ndarray, problems: list[P
     far, too_far = (0, 0) if faults else misplaced(leaf, dense)
     if too_far:
         faults.append(f"{too_far} of {leaf.indices.size} indices are not those of the nearest entry")
+    values = np.asarray(as_numpy(leaf).depalettize())
+    if leaf.mask is not None and (other := int(((values != dense) & ~np.asarray(leaf.mask)).sum())):
+        faults.append(f"{other} of its weights that have no entry are not those of the reference")
     problems += [(name, fault) for fault in faults]
-    sqnr = px.report({name: dense}, {name: as_numpy(leaf).depalettize()})[name].sqnr
+    sqnr = px.report({name: dense}, {name: values})[name].sqnr
     return _Checked(name, form_of(leaf), sqnr, far)

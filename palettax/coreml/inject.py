@@ -131,6 +131,8 @@ def _remove(op: Op) -> None:
     sources = {var.op for var in op.inputs.values() if getattr(var, "op", None) is not None}
     op.enclosing_block.remove_ops([op])
     for source in sources:
+        if source.enclosing_block is None:  # it went with another source
+            continue
         unread = not any(var.child_ops or var in source.enclosing_block.outputs for var in source.outputs)
         if unread and source.op_type.startswith("const"):
             _remove(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ def open_model(mlmodel: ct.models.MLModel | str | Path) -> ct.models.MLModel:
     """The model itself, or the one at a path, without compiling it."""
     if isinstance(mlmodel, ct.models.MLModel):
         return mlmodel
+    if not Path(mlmodel).exists():
+        raise FileNotFoundError(f"{mlmodel}: there is no such package")
     try:
         return ct.models.MLModel(str(mlmodel), skip_model_load=True)
     except Exception as error:  # what it raises for a file of another kind has no type in common
@@ -69,7 +72,10 @@ def load_program(mlmodel: ct.models.MLModel, target: ct.target | None = None) ->
     if spec.WhichOneof("Type") != "mlProgram":
         raise ValueError(f"the model is a {spec.WhichOneof('Type')}; only an mlProgram holds lookup tables")
     version = spec.specificationVersion if target is None else max(spec.specificationVersion, target.value)
-    program: Any = load(spec, version, mlmodel.weights_dir or "")
+    try:
+        program: Any = load(spec, version, mlmodel.weights_dir or "")
+    except Exception as error:  # of damaged weights and of ops that it does not know it raises anything
+        raise ValueError(f"the program cannot be read ({type(error).__name__}: {error}); is it damaged?") from error
     program.default_function_name = spec.description.defaultFunctionName or "main"
     for _, op in list(operations_of(program)):
         # The loader leaves behind what it made branches of before it filled them.
@@ -101,6 +107,7 @@ def rebuild(program: Program, mlmodel: ct.models.MLModel) -> ct.models.MLModel:
     spec = mlmodel.get_spec()
     edited: Any = program
     edited.skip_all_passes = True
+    versions = [function.opset_version.value for function in program.functions.values()]
     edited.export_as_multifunction = len(program.functions) > 1 or bool(spec.description.defaultFunctionName)
     _share_equal(edited, _SHARED_BY_FUNCTIONS if edited.export_as_multifunction else _SHARED)
     built: Any = mil_convert(
@@ -108,9 +115,9 @@ def rebuild(program: Program, mlmodel: ct.models.MLModel) -> ct.models.MLModel:
         convert_from="milinternal",
         convert_to="mlprogram",
         compute_units=mlmodel.compute_unit,
-        specification_version=max(spec.specificationVersion, ct.target.iOS16.value),
+        specification_version=max(spec.specificationVersion, *versions),
         model_description=spec.description,
-        skip_model_load=True,
+        skip_model_load=mlmodel.__proxy__ is None,
     )
     return built
 
@@ -161,25 +168,44 @@ def write_names(mlmodel: ct.models.MLModel, names: dict[str, list[str]]) -> None
 def save_package(mlmodel: ct.models.MLModel, path: str | Path) -> Path:
     """Write a package whole or not at all; an older one at the path is replaced.
 
+    Folders cannot be swapped in one step. For that moment the older one lies beside the path, under its name with a dot
+    in front and `.old` behind; if the process is killed right then, the next call puts it back first.
+
     Args:
         mlmodel: the model.
         path: ends in `.mlpackage`.
 
     Returns:
         The path.
+
+    Raises:
+        ValueError: another suffix.
+        OSError: what could not be written, and where.
     """
     target = Path(path)
+    if target.suffix != ".mlpackage":
+        raise ValueError(f"{target}: a package's name ends in .mlpackage")
+    old = target.with_name(f".{target.name}.old")
+    if old.exists():
+        shutil.rmtree(old) if target.exists() else old.rename(target)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        fresh, old = Path(folder) / target.name, Path(folder) / "old"
-        mlmodel.save(str(fresh))
-        if target.exists():
-            target.rename(old)
+        fresh = Path(folder) / target.name
+        plain = Path(folder) / "plain"
+        plain.mkdir()
         try:
+            mlmodel.save(str(fresh))
+        except Exception as error:  # a full disk is a RuntimeError of its own there
+            raise OSError(f"{target} could not be written: {error}") from error
+        fresh.chmod(plain.stat().st_mode)  # a temporary folder, which it was copied from, is nobody else's to read
+        try:
+            if target.exists():
+                target.rename(old)
             fresh.rename(target)
         except BaseException:
-            if old.exists():
+            if old.exists() and not target.exists():
                 old.rename(target)
             raise
+    shutil.rmtree(old, ignore_errors=True)
     return target
 
 

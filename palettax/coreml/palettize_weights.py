@@ -159,6 +159,8 @@ def _planned(name: str, op: Op, config: OptimizationConfig, joint: bool) -> _Wei
     weight, size = _Weight(name, op), int(np.prod(var.shape))
     if choice.config is None:
         weight.reason = choice.where if not op.outputs[-1].child_ops else f"{choice.where} is None"
+    elif any(var in op.enclosing_block.outputs for var in op.outputs):
+        weight.reason = "it is an output of the program"
     elif var.rank < 2:
         weight.reason = "it has one axis"
     elif size <= choice.config.weight_threshold:

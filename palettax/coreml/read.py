@@ -70,10 +70,10 @@ def record_leaves(
 
 def _tables(mlmodel: ct.models.MLModel) -> list[tuple[str, str, PalettizedArray]]:
     """Function, op name and weight of every table."""
-    return [(function, _name(op), read_table(op)) for function, op in operations(mlmodel) if op.op_type in LOOKUPS]
+    return [(function, table_name(op), read_table(op)) for function, op in operations(mlmodel) if op.op_type in LOOKUPS]
 
 
-def _name(op: Op) -> str:
+def table_name(op: Op) -> str:
     """The name of a weight: of its lookup, or of what makes the table where coremltools only numbered the lookup."""
     name = op_name(op.name)
     maker = op_name(op.lut.op.name) if op.lut.val is None else name

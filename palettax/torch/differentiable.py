@@ -125,9 +125,10 @@ class Palettized(torch.nn.Module):
     def _hard(self, original: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         version = _version(original, mask), self.lut._version
         if self._stored is None or self._stored[0] != version:
-            stored = to_tensor(_LEAF, self.palettized(original, mask).depalettize()).to(original.device)
+            with torch.inference_mode(False):
+                stored = to_tensor(_LEAF, self.palettized(original, mask).depalettize()).to(original.device)
             self._stored = version, stored
-        return self._stored[1]
+        return self._stored[1].clone()  # a layer may write to its weight, as an embedding with max_norm does
 
 
 class _Soft(torch.autograd.Function):

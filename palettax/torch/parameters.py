@@ -71,6 +71,14 @@ def checked_model(model: Any) -> nn.Module:
     return model
 
 
+def checked_config(config: Any, kind: type[Any]) -> Any:
+    """The configuration, that of all defaults for None, or a `ValueError` that says what it is instead."""
+    if not isinstance(config, kind | None):
+        wanted = kind.__name__
+        raise ValueError(f"config is a {type(config).__name__}, not a {wanted}; {wanted}.from_dict reads a dict")
+    return kind() if config is None else config
+
+
 def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: bool = False) -> list[Parameter]:
     """The parameters that the configuration asks to palettize, tied ones once.
 
@@ -80,7 +88,8 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
         model: not changed.
         config: of the whole model.
         trained: whether they will be trained. Then one may be in the course of being pruned; and the weights of layer
-            norms count as others do, which else have to be asked for by type or by name.
+            norms count as others do, which else have to be asked for by type or by name. Those of recurrent layers
+            always have to be: the converter takes their gates apart, and no package holds them as tables.
 
     Raises:
         ValueError: a parameter of no float type, on the meta device, with a parametrization, or being pruned when it
@@ -95,7 +104,8 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
             continue
         choice = config.choose(place.name, place.asked, tensor.numel(), module_name=place.asked_name)
         by_default = choice.config is not None and choice.config is config.global_config
-        if choice.config is None or (by_default and not trained and isinstance(place.module, nn.LayerNorm)):
+        unless_asked = (nn.RNNBase,) if trained else (nn.RNNBase, nn.LayerNorm)
+        if choice.config is None or (by_default and isinstance(place.module, unless_asked)):
             continue
         being_pruned = _check(place, tensor, trained)
         granularity = _granularity(place.name, tensor, choice.config)

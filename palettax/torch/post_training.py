@@ -21,7 +21,7 @@ from palettax.torch.fisher import fisher_diagonal
 from palettax.torch.keys import warn_caller
 from palettax.torch.load import load_into
 from palettax.torch.names import nearest
-from palettax.torch.parameters import Parameter, checked_model, parameters_of
+from palettax.torch.parameters import Parameter, checked_config, checked_model, parameters_of
 from palettax.torch.recipe import recipe_of
 from palettax.torch.state_dict import to_params
 from palettax.torch.tensors import to_numpy
@@ -43,7 +43,7 @@ class PostTrainingPalettizer:
 
     def __init__(self, model: torch.nn.Module, config: PostTrainingPalettizerConfig | None = None) -> None:
         self._model = checked_model(model)
-        self._config = PostTrainingPalettizerConfig() if config is None else config
+        self._config = checked_config(config, PostTrainingPalettizerConfig)
         self._report: Report | None = None
 
     def compress(self, num_kmeans_workers: int = 1, inplace: bool = False) -> torch.nn.Module:
@@ -90,7 +90,7 @@ class SKMPalettizer:
 
     def __init__(self, model: torch.nn.Module, config: SKMPalettizerConfig | None = None) -> None:
         self._model = checked_model(model)
-        self._config = SKMPalettizerConfig() if config is None else config
+        self._config = checked_config(config, SKMPalettizerConfig)
         self._report: Report | None = None
 
     def compute_sensitivity(
@@ -196,7 +196,9 @@ def _compress(
             advance(done, len(found))
             leaves[parameter.name] = _palettized(parameter, sensitivity)
         advance(len(found), len(found))
-    before = to_params(model.state_dict())
+    # What an earlier palettization left behind may be of other weights by now.
+    state = {n: t for n, t in model.state_dict().items() if "_COREML_/" not in n and isinstance(t, torch.Tensor)}
+    before = to_params({name: tensor for name, tensor in state.items() if not tensor.is_meta})
     # Of parameters alone: buffers have no sensitivities.
     masses = None if sensitivity is None else {name: sensitivity.get(name) for name in before}
     summary = report(before, before | leaves, sensitivity=masses, weight_threshold=0)

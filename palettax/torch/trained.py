@@ -13,7 +13,7 @@ from palettax.torch.configs import DKMPalettizerConfig
 from palettax.torch.differentiable import Palettized
 from palettax.torch.keys import warn_caller
 from palettax.torch.load import load_into
-from palettax.torch.parameters import Parameter, checked_model, parameters_of
+from palettax.torch.parameters import Parameter, checked_config, checked_model, parameters_of
 from palettax.torch.recipe import trained_recipe_of
 from palettax.torch.recurrent import follow_parametrizations, forget_parametrizations
 from palettax.torch.tensors import to_numpy
@@ -47,7 +47,7 @@ class DKMPalettizer:
 
     def __init__(self, model: torch.nn.Module, config: DKMPalettizerConfig | None = None) -> None:
         self._model = checked_model(model)
-        self._config = DKMPalettizerConfig() if config is None else config
+        self._config = checked_config(config, DKMPalettizerConfig)
 
     def prepare(self, inplace: bool = False) -> torch.nn.Module:
         """Attach the palettes.
@@ -107,6 +107,8 @@ class DKMPalettizer:
         model = self._model if model is None else model
         model = model if inplace else copy.deepcopy(model)
         palettes = list(palettes_of(model))
+        if not palettes:
+            warn_caller("the model has no palettes; call prepare, and finalize what it returns")
         leaves = {palette.name: palette.palettized() for palette in palettes if palette.module.used}
         if unused := [palette.name for palette in palettes if palette.name not in leaves]:
             warn_caller(f"{', '.join(unused)}: no forward pass has used a palette (or its milestone is to come); dense")

@@ -247,7 +247,9 @@ def test_layers_of_every_kind_are_trained_and_stored():
     config = {"n_bits": 2, "weight_threshold": 10}
     palettizer = DKMPalettizer(
         Sequence(),
-        DKMPalettizerConfig.from_dict({"global_config": config, "module_name_configs": {"bare": config}}),
+        DKMPalettizerConfig.from_dict(
+            {"global_config": config, "module_name_configs": dict.fromkeys(("bare", "lstm", "gru"), config)}
+        ),
     )
     model = palettizer.prepare().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -354,3 +356,58 @@ def test_coremltools_pruner_through_a_whole_training_run(palettizer_ends_first):
     assert small[0].weight.unique().numel() <= 5
     mlmodel = px.coreml.from_torch(small, torch.zeros(1, 16), minimum_deployment_target="iOS18")
     assert px.coreml.audit(mlmodel, small).identical
+
+
+@pytest.mark.parametrize("palettizer", [DKMPalettizer, PostTrainingPalettizer])
+def test_recurrent_layers_are_palettized_only_when_asked_for(palettizer):
+    """The converter takes their gates apart, so that a package could not hold their tables."""
+    model = torch.nn.ModuleDict({"lstm": torch.nn.LSTM(64, 64), "head": torch.nn.Linear(64, 64)})
+    made = palettizer(model)
+    if palettizer is DKMPalettizer:
+        found = {name for name, _ in made.prepare().named_parameters() if "original" in name}
+        assert found == {"head.parametrizations.weight.original"}
+    else:
+        leaves = px.torch.to_params(made.compress().state_dict())
+        assert {name for name, leaf in leaves.items() if is_palettized(leaf)} == {"head.weight"}
+
+
+def test_a_layer_may_write_to_the_weight_it_was_given():
+    palettizer = dkm(net(), n_bits=1)
+    model = train(palettizer.prepare(), palettizer).eval()
+    with torch.no_grad():
+        before = model[0].weight.clone()
+        model[0].weight.clamp_(0, 0)
+        assert torch.equal(model[0].weight, before)
+
+
+def test_gradients_flow_after_inference_mode():
+    palettizer = dkm(net(), n_bits=1)
+    model = train(palettizer.prepare(), palettizer).eval()
+    with torch.inference_mode():
+        model(torch.ones(1, 16))
+    inputs = torch.ones(1, 16, requires_grad=True)
+    model.requires_grad_(False)(inputs).sum().backward()
+    assert inputs.grad.abs().sum() > 0
+
+
+def test_palettizing_anew_what_was_edited():
+    model = net()
+    small = PostTrainingPalettizer(model).compress()
+    with torch.no_grad():
+        small[0].weight += torch.randn_like(small[0].weight)
+    edited = small[0].weight.detach().numpy().copy()
+    again = PostTrainingPalettizer(small).compress()
+    expected = px.palettize(edited, px.kmeans(4), weight_threshold=0).depalettize()
+    np.testing.assert_array_equal(again[0].weight.detach(), expected)
+
+
+def test_finalizing_what_was_never_prepared_is_said():
+    with pytest.warns(UserWarning, match="the model has no palettes; call prepare"):
+        dkm(net()).finalize()
+
+
+@pytest.mark.parametrize("config", [{"global_config": {}}, PostTrainingPalettizerConfig()])
+@pytest.mark.usefixtures("unchecked")
+def test_a_configuration_of_another_kind_is_refused(config):
+    with pytest.raises(ValueError, match=r"config is a \w+, not a DKMPalettizerConfig; DKMPalettizerConfig.from_dict"):
+        DKMPalettizer(net(), config)
