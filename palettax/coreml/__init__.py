@@ -7,6 +7,8 @@ from palettax.coreml.audit import audit as audit
 from palettax.coreml.config import OpPalettizerConfig as OpPalettizerConfig
 from palettax.coreml.config import OptimizationConfig as OptimizationConfig
 from palettax.coreml.decompress import decompress_weights as decompress_weights
+from palettax.coreml.evaluate import as_function as as_function
+from palettax.coreml.evaluate import run as run
 from palettax.coreml.from_torch import from_torch as from_torch
 from palettax.coreml.metadata import get_weights_metadata as get_weights_metadata
 from palettax.coreml.package import package_bytes as package_bytes

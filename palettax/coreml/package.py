@@ -16,6 +16,7 @@ import numpy as np
 from coremltools.converters.mil.converter import mil_convert
 from coremltools.converters.mil.frontend.milproto.load import load
 from coremltools.converters.mil.mil import Program
+from coremltools.converters.mil.mil.var import ListVar
 
 from palettax._files import size_on_disk
 
@@ -80,7 +81,8 @@ def load_program(mlmodel: ct.models.MLModel, target: ct.target | None = None) ->
     for _, op in list(operations_of(program)):
         # The loader leaves behind what it made branches of before it filled them.
         var = op.outputs[0]
-        if op.op_type == "const" and var.rank == 0 and not var.child_ops and var not in op.enclosing_block.outputs:
+        loose = op.op_type == "const" and not isinstance(var, ListVar) and var.rank == 0 and not var.child_ops
+        if loose and var not in op.enclosing_block.outputs:
             op.enclosing_block.remove_ops([op])
     return program
 

@@ -120,15 +120,15 @@ def _of_module(owner: torch.nn.Module) -> Iterator[tuple[str, Palettized, torch.
 def _make_way_for_pruning(owner: torch.nn.Module, name: str, parameter: Any) -> None:
     """`register_parameter` of a module with palettes: `prune` calls it first, with the weight that it will mask."""
     attribute = name.removesuffix("_orig")
-    found = [(palette, original) for own, palette, original, _ in _of_module(owner) if own == attribute]
-    del owner.__dict__["register_parameter"]
-    if name == attribute or not found:
-        owner.register_parameter(name, parameter)
+    waiting = _of_module(owner) if name != attribute else ()
+    found = [(palette, original) for own, palette, original, _ in waiting if own == attribute]
+    if not found:
+        type(owner).register_parameter(owner, name, parameter)
         return
     palette, original = found[0]
     parametrize.remove_parametrizations(owner, attribute, leave_parametrized=False)
     palette.recipe = palette.recipe.with_pruning()
-    owner.register_parameter(name, original)
+    type(owner).register_parameter(owner, name, original)
     register = owner.register_forward_pre_hook
 
     def register_forward_pre_hook(hook: Callable[..., Any], **options: Any) -> Any:
@@ -145,6 +145,15 @@ def _attach_behind_pruning(palette: Palettized, owner: torch.nn.Module, attribut
     owner.add_module(attribute + _PALETTE, palette)
     owner.register_forward_pre_hook(_Compute(attribute))
     owner.register_forward_hook(_Release(attribute))
+    owner.register_forward_pre_hook = MethodType(_keep_palettes_last, owner)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _keep_palettes_last(owner: torch.nn.Module, hook: Callable[..., Any], **options: Any) -> Any:
+    """`register_forward_pre_hook` of a module with palettes behind pruning: each pruning puts its hook at the end."""
+    handle = type(owner).register_forward_pre_hook(owner, hook, **options)
+    for key in [key for key, own in owner._forward_pre_hooks.items() if isinstance(own, _Compute)]:
+        owner._forward_pre_hooks.move_to_end(key)
+    return handle
 
 
 def _detach_behind_pruning(owner: torch.nn.Module, attribute: str) -> None:
@@ -152,6 +161,7 @@ def _detach_behind_pruning(owner: torch.nn.Module, attribute: str) -> None:
         if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == attribute:
             hook.remove(owner)  # the mask is in the weight from now on
             owner._forward_pre_hooks.pop(key, None)
+    owner.__dict__.pop("register_forward_pre_hook", None)
     # That of coremltools' pruners gives every copy the state of the module that was pruned, whatever came after.
     owner.__dict__.pop("__getstate__", None)
     for hooks in (owner._forward_pre_hooks, owner._forward_hooks):

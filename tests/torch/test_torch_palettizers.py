@@ -161,6 +161,36 @@ def test_pruned_weights_stay_pruned_through_a_training_run(pruned_first):
     assert small.state_dict()["0._COREML_/weight/compression_type"].tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("pruned_first", [True, False])
+def test_weights_may_be_pruned_again_and_again(pruned_first):
+    """torch puts the hook that masks at the end anew each time; the layer is to compute with palettes all the same."""
+    model = net()
+    if pruned_first:
+        prune.l1_unstructured(model[0], "weight", 0.2)
+    palettizer = dkm(model, n_bits=2)
+    prepared = palettizer.prepare(inplace=True).train()
+    for _ in range(3):
+        prune.l1_unstructured(prepared[0], "weight", 0.2)
+        train(prepared, palettizer, steps=2)
+        copied = copy.deepcopy(prepared).eval()
+        copied(torch.ones(1, 16))
+        assert copied[0].weight.unique().numel() == 5
+    outputs = prepared.eval()(torch.ones(1, 16))
+    small = palettizer.finalize()
+    assert torch.equal(small(torch.ones(1, 16)), outputs)
+    assert (small[0].weight == 0).sum() >= 200
+
+
+def test_two_weights_of_a_layer_may_be_pruned():
+    model = torch.nn.LSTM(8, 8)
+    config = DKMPalettizerConfig.from_dict({"module_type_configs": {"LSTM": {"n_bits": 2, "weight_threshold": 10}}})
+    prepared = DKMPalettizer(model, config).prepare()
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        prune.l1_unstructured(prepared, name, 0.5)
+    prepared.register_parameter("another", torch.nn.Parameter(torch.ones(2)))
+    assert {name for name, _ in prepared.named_parameters()} >= {"weight_ih_l0_orig", "weight_hh_l0_orig", "another"}
+
+
 def test_a_copy_trains_on_its_own():
     palettizer = dkm(net(), n_bits=2)
     model = train(palettizer.prepare().train(), palettizer)
