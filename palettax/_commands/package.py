@@ -14,7 +14,7 @@ from palettax.coreml.package import Op, load_program, op_name, open_model, opera
 from palettax.coreml.read import table_name
 from palettax.coreml.read_table import LOOKUPS, read_table
 from palettax.coreml.scoped import quiet
-from palettax.coreml.weights import compressed_row, decompresses, weights_of
+from palettax.coreml.weights import compressed_row, decompresses, is_constant, is_part, weights_of
 from palettax.leaf import PalettizedArray, same_bits
 
 Leaf = PalettizedArray | np.ndarray
@@ -136,10 +136,9 @@ class _Item(NamedTuple):
 def _items(program: Any) -> Iterator[_Item]:
     taken: Counter[tuple[str, str, str]] = Counter()
     for function, op in operations_of(program):
-        readers = op.outputs[-1].child_ops
-        constant = op.op_type == "const" or decompresses(op)
-        if constant and readers and all(map(decompresses, readers)):
-            continue  # a part of a weight
+        constant = is_constant(op)
+        if constant and is_part(op):
+            continue
         key = (function, "weight", weight_name(op)) if constant else (function, op.op_type, op.name)
         taken[key] += 1
         name = key[2] if taken[key] == 1 else f"{key[2]} ({taken[key]})"
@@ -196,7 +195,7 @@ def _names(given: Any) -> Any:
     if isinstance(given, list | tuple):
         return tuple(map(_names, given))
     op = getattr(given, "op", None)
-    if op is not None and (op.op_type == "const" or decompresses(op)):
+    if op is not None and is_constant(op):
         return weight_name(op)
     return getattr(given, "name", None)
 

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from coremltools.converters.mil.mil import types
+from coremltools.converters.mil.mil.var import ListVar
 
 from palettax.coreml.constexpr import value_of
 from palettax.coreml.mil import OPS, UnknownError
 from palettax.coreml.package import Op, load_program, open_model
 from palettax.coreml.scoped import quiet
-from palettax.coreml.weights import decompresses
+from palettax.coreml.weights import is_constant, is_part
 
 Arithmetic = Literal["float32", "declared"]
 Values = dict[Any, Any]
@@ -76,6 +77,15 @@ def as_function(
 
     Raises:
         ValueError: a model of another kind, no such function, or an op that cannot be evaluated.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> from palettax.coreml import from_torch
+        >>> mlmodel = from_torch(torch.nn.ReLU(), torch.ones(1, 2), {}, minimum_deployment_target="iOS18")
+        >>> (name,) = [feature.name for feature in mlmodel.get_spec().description.input]
+        >>> function = as_function(mlmodel)
+        >>> [function({name: [[x, 2.0]]}).popitem()[1].tolist() for x in (-1.0, 1.0)]
+        [[[0.0, 2.0]], [[1.0, 2.0]]]
     """
     if arithmetic not in ("float32", "declared"):
         raise ValueError(f"arithmetic={arithmetic!r}; use 'float32' or 'declared'")
@@ -108,7 +118,7 @@ def _check_ops(block: Any) -> None:
     """Refuse a program with an op, or with an input of one, that there is no function for."""
     unknown = []
     for op in block.operations:
-        if op.op_type in ("const", "classify") or decompresses(op):
+        if op.op_type == "classify" or is_constant(op):
             continue
         if op.op_type not in OPS:
             unknown.append(f"{op.op_type} ({op.name})")
@@ -129,12 +139,12 @@ def _constants(block: Any) -> tuple[Values, Values]:
     """What the program holds: what shapes may depend on, and float arrays, which the compiled function is given."""
     known, weights = {}, {}
     for op in block.operations:
-        if op.op_type != "const" and not decompresses(op):
+        if not is_constant(op) or is_part(op):
             continue
         for var in op.outputs:
-            if all(decompresses(op) or op.op_type == "classify" for op in var.child_ops) and var not in block.outputs:
-                continue  # a part of a weight, or names of classes
-            value = var.val if isinstance(var.val, str) or types.is_str(var.dtype) else value_of(var)
+            if isinstance(var, ListVar):
+                continue  # the names of classes
+            value = var.val if types.is_str(var.dtype) else value_of(var)
             if isinstance(value, np.ndarray) and np.issubdtype(value.dtype, np.floating):
                 value = value.astype(np.float32)
                 if value.ndim:
@@ -149,7 +159,7 @@ def _evaluate(block: Any, known: Values, weights: Values, inputs: dict[str, Any]
     values = known | {block.inputs[name]: value for name, value in inputs.items()}
     with jax.default_matmul_precision("float32"):
         for op in block.operations:
-            if op.op_type == "const" or decompresses(op):
+            if is_constant(op):
                 values |= {var: weights[var.name] for var in op.outputs if var.name in weights}
             elif op.op_type == "classify":
                 values |= dict.fromkeys(op.outputs, values[op.probabilities])
@@ -201,7 +211,7 @@ def _checked_inputs(inputs: Mapping[str, Any], block: Any, features: Any) -> dic
     checked = {}
     for name, var in block.inputs.items():
         value = np.asarray(inputs[name])
-        if not _fits(value.shape, var, flexible.get(name)):
+        if not _fits(value.shape, var, flexible[name]):
             raise ValueError(f"input {name!r} is {value.shape}; the program takes {tuple(var.shape)}")
         dtype = np.dtype(types.nptype_from_builtin(var.dtype))
         value = value.astype(dtype)  # what the program is given is rounded, whatever it computes with
@@ -213,10 +223,10 @@ def _fits(shape: tuple[int, ...], var: Any, declared: Any) -> bool:
     """Whether an input may have the shape."""
     if len(shape) != len(var.shape):
         return False
-    kind = declared.WhichOneof("ShapeFlexibility") if declared is not None else None
-    if declared is not None and kind == "enumeratedShapes":
+    kind = declared.WhichOneof("ShapeFlexibility")
+    if kind == "enumeratedShapes":
         return shape in [tuple(one.shape) for one in declared.enumeratedShapes.shapes]
-    if declared is not None and kind == "shapeRange":
+    if kind == "shapeRange":
         ranges = declared.shapeRange.sizeRanges
         return all(
             r.lowerBound <= n and (r.upperBound < 0 or n <= r.upperBound) for n, r in zip(shape, ranges, strict=True)

@@ -55,8 +55,7 @@ def weights_of(program: Program) -> Iterator[tuple[str, Op]]:
         The name of its function and the op. What only other decompressing ops read is a part of a weight, not one.
     """
     for function, op in operations_of(program):
-        readers = op.outputs[-1].child_ops
-        if is_weight(op) and not (readers and all(map(decompresses, readers))):
+        if is_weight(op) and not is_part(op):
             yield function, op
 
 
@@ -72,6 +71,17 @@ def named_weights(program: Program) -> Iterator[tuple[str, Op]]:
 def decompresses(op: Op) -> bool:
     """Whether an op makes a constant from smaller ones when a model is loaded."""
     return op.op_type.startswith("constexpr_")
+
+
+def is_constant(op: Op) -> bool:
+    """Whether an op gives what does not depend on the inputs of the program."""
+    return op.op_type == "const" or decompresses(op)
+
+
+def is_part(op: Op) -> bool:
+    """Whether only ops that decompress read a constant: it is a part of a weight, not one."""
+    readers = op.outputs[-1].child_ops
+    return bool(readers) and all(map(decompresses, readers))
 
 
 def is_weight(op: Op) -> bool:

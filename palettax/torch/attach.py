@@ -152,7 +152,7 @@ def _keep_palettes_last(owner: torch.nn.Module, hook: Callable[..., Any], **opti
     """`register_forward_pre_hook` of a module with palettes behind pruning: each pruning puts its hook at the end."""
     handle = type(owner).register_forward_pre_hook(owner, hook, **options)
     for key in [key for key, own in owner._forward_pre_hooks.items() if isinstance(own, _Compute)]:
-        owner._forward_pre_hooks.move_to_end(key)
+        owner._forward_pre_hooks[key] = owner._forward_pre_hooks.pop(key)
     return handle
 
 

@@ -264,6 +264,14 @@ class DKMPalettizerConfig(PalettizerConfig[ModuleDKMPalettizerConfig]):
     _of_module: ClassVar[type[Any]] = ModuleDKMPalettizerConfig
 
 
+def checked_config(config: Any, kind: type[Any]) -> Any:
+    """The configuration, that of all defaults for None, or a `ValueError` that says what it is instead."""
+    if not isinstance(config, kind | None):
+        wanted = kind.__name__
+        raise ValueError(f"config is a {type(config).__name__}, not a {wanted}; {wanted}.from_dict reads a dict")
+    return kind() if config is None else config
+
+
 def _pattern(name: Any) -> str:
     """The name of a module as a regular expression; YAML reads that of a numbered one, 0, as an integer."""
     name = str(name) if type(name) is int else name

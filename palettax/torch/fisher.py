@@ -17,6 +17,7 @@ from palettax._running import Step, Stream, check_count, fingerprint, mean_with
 from palettax._typing import Tree
 from palettax.sensitivity import examples_at_once
 from palettax.torch.load import tensors_by_name
+from palettax.torch.state_dict import own_tensors
 from palettax.torch.tensors import to_numpy
 
 _Part = tuple[torch.Tensor, Sequence[torch.Tensor]]
@@ -123,8 +124,7 @@ def fisher_diagonal(
     arrays = {id(weight): m.cpu().numpy() for weight, m in zip(weights, mean, strict=True)}
     return {
         name: arrays.setdefault(id(tensors.get(name, value)), np.zeros(value.shape, np.float32))
-        for name, value in model.state_dict().items()
-        if isinstance(value, torch.Tensor) and "_COREML_/" not in name
+        for name, value in own_tensors(model.state_dict()).items()
     }
 
 

@@ -12,7 +12,7 @@ import torch
 from palettax.leaf import PalettizedArray, as_numpy, depalettize, is_palettized
 from palettax.torch.names import flatten_names, nearest, owner_and_attribute
 from palettax.torch.plain import check_plain
-from palettax.torch.state_dict import VERSION, metadata, metadata_prefix, metadata_version, to_params
+from palettax.torch.state_dict import VERSION, metadata, metadata_prefix, metadata_version, own_tensors, to_params
 from palettax.torch.tensors import numpy_dtype, to_numpy, to_tensor
 
 
@@ -127,8 +127,7 @@ def names_by_tensor(model: torch.nn.Module) -> dict[int, list[str]]:
 def _fit(name: str, leaf: Any, targets: Mapping[str, torch.Tensor]) -> Any:
     """The leaf in the dtype of its parameter; refuses a wrong name or shape."""
     if name not in targets:
-        own = [target for target in targets if "_COREML_/" not in target]
-        raise ValueError(f"{name}: the model has no such parameter or buffer; {nearest(name, own)}")
+        raise ValueError(f"{name}: the model has no such parameter or buffer; {nearest(name, own_tensors(targets))}")
     target = targets[name]
     leaf = to_numpy(name, leaf) if isinstance(leaf, torch.Tensor) else leaf
     if tuple(leaf.shape) != tuple(target.shape):

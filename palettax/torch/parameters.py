@@ -71,14 +71,6 @@ def checked_model(model: Any) -> nn.Module:
     return model
 
 
-def checked_config(config: Any, kind: type[Any]) -> Any:
-    """The configuration, that of all defaults for None, or a `ValueError` that says what it is instead."""
-    if not isinstance(config, kind | None):
-        wanted = kind.__name__
-        raise ValueError(f"config is a {type(config).__name__}, not a {wanted}; {wanted}.from_dict reads a dict")
-    return kind() if config is None else config
-
-
 def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: bool = False) -> list[Parameter]:
     """The parameters that the configuration asks to palettize, tied ones once.
 

@@ -16,14 +16,14 @@ from palettax._progress import progress_bar
 from palettax.leaf import PalettizedArray
 from palettax.palettize import palettize
 from palettax.report import Report, report
-from palettax.torch.configs import PalettizerConfig, PostTrainingPalettizerConfig, SKMPalettizerConfig
+from palettax.torch.configs import PalettizerConfig, PostTrainingPalettizerConfig, SKMPalettizerConfig, checked_config
 from palettax.torch.fisher import fisher_diagonal
 from palettax.torch.keys import warn_caller
 from palettax.torch.load import load_into
 from palettax.torch.names import nearest
-from palettax.torch.parameters import Parameter, checked_config, checked_model, parameters_of
+from palettax.torch.parameters import Parameter, checked_model, parameters_of
 from palettax.torch.recipe import recipe_of
-from palettax.torch.state_dict import to_params
+from palettax.torch.state_dict import own_tensors, to_params
 from palettax.torch.tensors import to_numpy
 
 
@@ -197,7 +197,7 @@ def _compress(
             leaves[parameter.name] = _palettized(parameter, sensitivity)
         advance(len(found), len(found))
     # What an earlier palettization left behind may be of other weights by now.
-    state = {n: t for n, t in model.state_dict().items() if "_COREML_/" not in n and isinstance(t, torch.Tensor)}
+    state = own_tensors(model.state_dict())
     before = to_params({name: tensor for name, tensor in state.items() if not tensor.is_meta})
     # Of parameters alone: buffers have no sensitivities.
     masses = None if sensitivity is None else {name: sensitivity.get(name) for name in before}

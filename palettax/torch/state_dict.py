@@ -37,6 +37,11 @@ _SHIFT = 7
 _BUFFER = re.compile(r"(?P<module>.*\.)?_COREML_/(?P<parameter>.+)/(?P<field>[^/]+)")
 
 
+def own_tensors(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict without those that say how it was compressed."""
+    return {n: t for n, t in state_dict.items() if isinstance(t, torch.Tensor) and "_COREML_/" not in n}
+
+
 def to_params(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray | PalettizedArray]:
     """Read a torch state dict as parameters: NumPy views, and the palettized ones as tables and indices.
 

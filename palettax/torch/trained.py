@@ -9,11 +9,11 @@ import torch
 from palettax.report import Report, report
 from palettax.torch.activations import fix_output_ranges, quantize_output
 from palettax.torch.attach import attach, detach, palettes_of
-from palettax.torch.configs import DKMPalettizerConfig
+from palettax.torch.configs import DKMPalettizerConfig, checked_config
 from palettax.torch.differentiable import Palettized
 from palettax.torch.keys import warn_caller
 from palettax.torch.load import load_into
-from palettax.torch.parameters import Parameter, checked_config, checked_model, parameters_of
+from palettax.torch.parameters import Parameter, checked_model, parameters_of
 from palettax.torch.recipe import trained_recipe_of
 from palettax.torch.recurrent import follow_parametrizations, forget_parametrizations
 from palettax.torch.tensors import to_numpy

@@ -10,6 +10,7 @@ import coremltools.optimize.coreml as cto
 import numpy as np
 from coremltools.converters.mil import Builder as mb
 
+from palettax.coreml import OptimizationConfig, get_weights_metadata, run
 from palettax.coreml.package import load_program, operations
 from palettax.coreml.scoped import quiet
 from palettax.coreml.weights import weights_of
@@ -23,12 +24,12 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
 
 
-def convert(program, target: str = "iOS18", half: bool = True):
+def convert(program, target: str = "iOS18", half: bool = True, **more):
     """A model of a program, which computes in float16 or in float32."""
     precision = ct.precision.FLOAT16 if half else ct.precision.FLOAT32
     options = {"minimum_deployment_target": ct.target[target], "compute_precision": precision}
     with quiet():
-        return ct.convert(program, skip_model_load=True, **options)
+        return ct.convert(program, skip_model_load=True, **options, **more)
 
 
 @functools.cache
@@ -98,3 +99,20 @@ def readers(mlmodel) -> dict[str, str]:
         if op.outputs[0].rank > 1
         for reader in op.outputs[0].child_ops
     }
+
+
+def asked(**keys) -> OptimizationConfig:
+    """A configuration of ours for all weights of more than 100 elements."""
+    return OptimizationConfig({"weight_threshold": 100, **keys})
+
+
+def squared_errors(small, reference) -> np.ndarray:
+    """Of every weight, in order; the names of a package change with its compression."""
+    pairs = zip(get_weights_metadata(small, 100).values(), get_weights_metadata(reference, 100).values(), strict=True)
+    return np.array([np.square(a.val.astype(float) - b.val.astype(float)).sum() for a, b in pairs])
+
+
+def outputs(mlmodel, inputs, **options) -> list[np.ndarray]:
+    """What a program gives for inputs in order."""
+    names = [feature.name for feature in mlmodel.get_spec().description.input]
+    return list(run(mlmodel, dict(zip(names, inputs, strict=True)), **options).values())

@@ -7,7 +7,7 @@ import coremltools.optimize.coreml as cto
 import numpy as np
 import pytest
 import torch
-from coreml_programs import model, peer, peer_config, same_program
+from coreml_programs import model, normal, outputs, peer, peer_config, same_program, squared_errors
 
 import palettax as px
 import palettax.torch
@@ -35,11 +35,6 @@ def pruned(mlmodel):
 def quantized(mlmodel, joint=False, **keys):
     config = cto.OptimizationConfig(cto.OpLinearQuantizerConfig(weight_threshold=1, **keys))
     return peer(cto.linear_quantize_weights, mlmodel, config, joint_compression=joint)
-
-
-def errors(small, reference):
-    pairs = zip(get_weights_metadata(small, 100).values(), get_weights_metadata(reference, 100).values(), strict=True)
-    return np.array([np.square(a.val.astype(float) - b.val.astype(float)).sum() for a, b in pairs])
 
 
 def kinds(mlmodel):
@@ -85,6 +80,9 @@ def test_decompressed_as_coremltools_does(kind):
     assert [weight.val.shape for weight in found.values()] == [weight.val.shape for weight in expected.values()]
     for name, one, other in zip(found, found.values(), expected.values(), strict=True):
         assert same_bits(one.val, other.val), name
+    inputs = [normal(*feature.type.multiArrayType.shape) for feature in mlmodel.get_spec().description.input]
+    for one, other in zip(outputs(mlmodel, inputs), outputs(ours, inputs), strict=True):
+        np.testing.assert_array_equal(one, other)
     # Without decompressing them, their values are known too.
     at_once = get_weights_metadata(mlmodel, 100)
     assert all(same_bits(a.val, b.val) for a, b in zip(at_once.values(), found.values(), strict=True))
@@ -109,7 +107,7 @@ def test_pruned_then_palettized():
     ours = palettize_weights(before, TWO_BITS, joint_compression=True)
     theirs = peer(cto.palettize_weights, before, peer_config(nbits=2, weight_threshold=100), joint_compression=True)
     assert kinds(ours) == kinds(theirs)
-    assert (errors(ours, before) <= errors(theirs, before) * (1 + 1e-3)).all()
+    assert (squared_errors(ours, before) <= squared_errors(theirs, before) * (1 + 1e-3)).all()
     values, tables = get_weights_metadata(before, 100).values(), read_palettes(ours).values()
     for weight, leaf in zip(values, tables, strict=True):
         assert ((weight.val == 0) == (leaf.depalettize() == 0)).all()
@@ -126,7 +124,7 @@ def test_quantized_then_palettized(kind):
     # Of the one coremltools makes tables that no target holds; the other it leaves as it is.
     if kind not in ("int4 blocks", "pruned, quantized"):
         theirs = peer(cto.palettize_weights, before, peer_config(nbits=3, weight_threshold=100), joint_compression=True)
-        assert (errors(ours, before) <= errors(theirs, before) * (1 + 1e-3)).all()
+        assert (squared_errors(ours, before) <= squared_errors(theirs, before) * (1 + 1e-3)).all()
 
 
 def test_a_table_is_palettized_no_further():
@@ -141,7 +139,7 @@ def test_palettized_again_at_the_same_width_it_loses_nothing(kind):
     """Each value of a table of 2^n entries is one of 2^n values."""
     dense = decompress_weights(MADE[kind]())
     small = palettize_weights(dense, OptimizationConfig({"nbits": 8, "weight_threshold": 100}))
-    assert errors(small, dense).max() == 0
+    assert squared_errors(small, dense).max() == 0
 
 
 @pytest.mark.parametrize(("kind", "why"), [("pruned", "would share an index"), ("offsets", "an offset for each")])

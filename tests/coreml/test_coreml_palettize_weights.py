@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from coreml_programs import (
     AXES,
+    asked,
     constants,
     convert,
     model,
@@ -17,6 +18,7 @@ from coreml_programs import (
     peer_config,
     readers,
     same_program,
+    squared_errors,
 )
 from coremltools.converters.mil import Builder as mb
 
@@ -34,16 +36,6 @@ from palettax.coreml import (
 )
 from palettax.coreml.package import operations
 from palettax.leaf import same_bits
-
-
-def asked(**keys):
-    return OptimizationConfig({"weight_threshold": 100, **keys})
-
-
-def squared_errors(small, reference):
-    """Of every weight, in order; the names of a package change with its compression."""
-    pairs = zip(get_weights_metadata(small, 100).values(), get_weights_metadata(reference, 100).values(), strict=True)
-    return np.array([np.square(a.val.astype(float) - b.val.astype(float)).sum() for a, b in pairs])
 
 
 def in_a_branch():

@@ -6,7 +6,7 @@ import coremltools as ct
 import numpy as np
 import pytest
 import torch
-from coreml_programs import convert, model, normal
+from coreml_programs import convert, model, normal, outputs
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 
@@ -95,11 +95,6 @@ def package(name, half, palettized=None):
     net, inputs = network(name)
     precision = ct.precision.FLOAT16 if half else ct.precision.FLOAT32
     return from_torch(net, inputs, palettized or {}, minimum_deployment_target="iOS18", compute_precision=precision)
-
-
-def outputs(mlmodel, inputs, **options):
-    names = [feature.name for feature in mlmodel.get_spec().description.input]
-    return list(run(mlmodel, dict(zip(names, inputs, strict=True)), **options).values())
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

@@ -47,13 +47,17 @@ def conv_transpose(
     spatial, kernel = np.shape(x)[2:], np.shape(weight)[2:]
     extents = [d * (size - 1) + 1 for d, size in zip(dilations, kernel, strict=True)]
     whole = [s * (size - 1) + extent for s, size, extent in zip(strides, spatial, extents, strict=True)]
-    sizes = None if output_shape is None else static(output_shape)[2:]
-    if pad_type == "custom":
-        begins = [pair[0] for pair in _pairs(pad, len(spatial))]
-        sizes = sizes or [size - sum(pair) for size, pair in zip(whole, _pairs(pad, len(spatial)), strict=True)]
+    same = pad_type == "same"
+    pairs = _pairs(pad if pad_type == "custom" else None, len(spatial))
+    if output_shape is not None:
+        sizes = static(output_shape)[2:]
+    elif same:
+        sizes = [s * n for s, n in zip(strides, spatial, strict=True)]
     else:
-        sizes = sizes or (whole if pad_type == "valid" else [s * n for s, n in zip(strides, spatial, strict=True)])
-        begins = [max(size - wanted, 0) // 2 for size, wanted in zip(whole, sizes, strict=True)]
+        sizes = [size - sum(pair) for size, pair in zip(whole, pairs, strict=True)]
+    begins = [
+        max(size - wanted, 0) // 2 if same else pair[0] for size, wanted, pair in zip(whole, sizes, pairs, strict=True)
+    ]
     pads = [
         (extent - 1 - begin, extent - 1 - (size - wanted - begin))
         for extent, begin, size, wanted in zip(extents, begins, whole, sizes, strict=True)

@@ -42,6 +42,26 @@ def prelu(x: Array, alpha: Array) -> Array:
     return jnp.where(x >= 0, x, per_channel(alpha, x) * x)
 
 
+def quantize(input: Array, scale: Array, output_dtype: str, zero_point: Any = 0, axis: Any = None) -> Array:
+    """round(x / scale) + zero point, within the integers of its type."""
+    limits = np.iinfo(output_dtype)
+    shifted = jnp.round(input / _along(scale, input, axis)) + _along(zero_point, input, axis)
+    return jnp.clip(shifted, limits.min, limits.max).astype(output_dtype)
+
+
+def dequantize(input: Array, scale: Array, zero_point: Any = 0, axis: Any = None) -> Array:
+    """(q - zero point) · scale."""
+    shifted = jnp.asarray(input).astype(jnp.float32) - _along(zero_point, input, axis)
+    return shifted * _along(scale, input, axis)
+
+
+def _along(values: Any, x: Array, axis: Any) -> Array:
+    values = jnp.asarray(values).astype(jnp.float32)
+    if values.ndim == 0:
+        return values
+    return jnp.expand_dims(values, [i for i in range(np.ndim(x)) if i != static(axis) % np.ndim(x)])
+
+
 def _binary(function: Function) -> Function:
     return lambda x, y: function(x, y)
 
@@ -107,6 +127,7 @@ OPS: dict[str, Function] = {
     "cast": cast,
     "clamped_relu": clamped_relu,
     "clip": lambda x, alpha, beta: jnp.clip(x, alpha, beta),
+    "dequantize": dequantize,
     "elu": lambda x, alpha: jnp.where(x >= 0, x, alpha * jnp.expm1(jnp.minimum(x, 0))),
     "gelu": gelu,
     "inverse": lambda x, epsilon=1e-4: 1 / (x + epsilon),
@@ -114,6 +135,7 @@ OPS: dict[str, Function] = {
     "linear_activation": lambda x, alpha, beta: alpha * x + beta,
     "log": lambda x, epsilon=1e-45: jnp.log(x + epsilon),
     "prelu": prelu,
+    "quantize": quantize,
     "rsqrt": lambda x, epsilon=1e-12: jax.lax.rsqrt(x + epsilon),
     "scaled_tanh": lambda x, alpha, beta: alpha * jnp.tanh(beta * x),
     "select": lambda cond, a, b: jnp.where(cond, a, b),
@@ -123,26 +145,3 @@ OPS: dict[str, Function] = {
     "threshold": lambda x, alpha: jnp.maximum(x, alpha),
     "thresholded_relu": lambda x, alpha: jnp.where(x >= alpha, x, 0),
 }
-
-
-def quantize(input: Array, scale: Array, output_dtype: str, zero_point: Any = 0, axis: Any = None) -> Array:
-    """round(x / scale) + zero point, within the integers of its type."""
-    limits = np.iinfo(output_dtype)
-    shifted = jnp.round(input / _along(scale, input, axis)) + _along(zero_point, input, axis)
-    return jnp.clip(shifted, limits.min, limits.max).astype(output_dtype)
-
-
-def dequantize(input: Array, scale: Array, zero_point: Any = 0, axis: Any = None) -> Array:
-    """(q - zero point) · scale."""
-    shifted = jnp.asarray(input).astype(jnp.float32) - _along(zero_point, input, axis)
-    return shifted * _along(scale, input, axis)
-
-
-def _along(values: Any, x: Array, axis: Any) -> Array:
-    values = jnp.asarray(values).astype(jnp.float32)
-    if values.ndim == 0:
-        return values
-    return jnp.expand_dims(values, [i for i in range(np.ndim(x)) if i != static(axis) % np.ndim(x)])
-
-
-OPS |= {"quantize": quantize, "dequantize": dequantize}

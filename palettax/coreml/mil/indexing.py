@@ -12,7 +12,13 @@ from palettax.coreml.mil.values import Array, Function, static
 
 
 def _ranges(
-    x: Array, begin: Any, end: Any, stride: Any, begin_mask: Any, end_mask: Any, squeeze_mask: Any
+    x: Array,
+    begin: Array,
+    end: Array,
+    stride: Any = None,
+    begin_mask: Any = None,
+    end_mask: Any = None,
+    squeeze_mask: Any = None,
 ) -> tuple[Any, ...]:
     """An index or a slice for every axis; a mask says that an end is the array's own."""
     rank = np.ndim(x)
@@ -24,31 +30,14 @@ def _ranges(
     )
 
 
-def slice_by_index(
-    x: Array,
-    begin: Array,
-    end: Array,
-    stride: Any = None,
-    begin_mask: Any = None,
-    end_mask: Any = None,
-    squeeze_mask: Any = None,
-) -> Array:
+def slice_by_index(x: Array, **corners: Any) -> Array:
     """The part between two corners."""
-    return jnp.asarray(x)[_ranges(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)]
+    return jnp.asarray(x)[_ranges(x, **corners)]
 
 
-def slice_update(
-    x: Array,
-    update: Array,
-    begin: Array,
-    end: Array,
-    stride: Any = None,
-    begin_mask: Any = None,
-    end_mask: Any = None,
-    squeeze_mask: Any = None,
-) -> Array:
+def slice_update(x: Array, update: Array, **corners: Any) -> Array:
     """The array with the part between two corners replaced."""
-    return jnp.asarray(x).at[_ranges(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)].set(update)
+    return jnp.asarray(x).at[_ranges(x, **corners)].set(update)
 
 
 def slice_by_size(x: Array, begin: Array, size: Array) -> Array:

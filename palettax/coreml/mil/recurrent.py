@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from palettax.coreml.mil.linear import linear
 from palettax.coreml.mil.values import Array, Function
 
 _ACTIVATIONS = {
@@ -52,7 +53,7 @@ def lstm(
             h = gate(o + p_o * c_next) * out(c_next)
             return (h, c_next), h
 
-        return jax.lax.scan(step, state, x @ weight_ih.T + (0 if bias is None else bias), reverse=backwards)
+        return jax.lax.scan(step, state, linear(x, weight_ih, bias), reverse=backwards)
 
     forward = (weight_ih, weight_hh, bias, peephole)
     if direction != "bidirectional":
@@ -85,7 +86,7 @@ def gru(
         h = (1 - z) * out(o + r * h_o) + z * h
         return h, h
 
-    return _along(step, initial_h, x @ weight_ih.T + (0 if bias is None else bias), direction, output_sequence)
+    return _along(step, initial_h, linear(x, weight_ih, bias), direction, output_sequence)
 
 
 def rnn(
@@ -104,7 +105,7 @@ def rnn(
         h = _ACTIVATIONS[activation](of_input + h @ weight_hh.T)
         return h, h
 
-    return _along(step, initial_h, x @ weight_ih.T + (0 if bias is None else bias), direction, output_sequence)
+    return _along(step, initial_h, linear(x, weight_ih, bias), direction, output_sequence)
 
 
 def _along(step: Function, state: Array, inputs: Array, direction: str, output_sequence: Any) -> tuple[Array, Array]:

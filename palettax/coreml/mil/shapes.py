@@ -92,53 +92,58 @@ def reverse_sequence(x: Array, lengths: Array, seq_axis: Any = 0, batch_axis: An
     return jnp.moveaxis(jax.vmap(lambda row, order: row[order])(moved, source), (0, 1), (batch_axis, seq_axis))
 
 
+def _blocks(x: Array, rows: int, columns: int) -> Array:
+    """Images (n, c, h, w) in blocks of so many pixels: (n, c, rows, columns, h / rows, w / columns)."""
+    n, c, h, w = np.shape(x)
+    return jnp.reshape(x, (n, c, h // rows, rows, w // columns, columns)).transpose(0, 1, 3, 5, 2, 4)
+
+
+def _images(blocks: Array) -> Array:
+    """The inverse of `_blocks`."""
+    n, c, rows, columns, h, w = blocks.shape
+    return blocks.transpose(0, 1, 4, 2, 5, 3).reshape(n, c, h * rows, w * columns)
+
+
 def depth_to_space(x: Array, block_size: Any) -> Array:
     """Blocks of pixels out of channels, the place in the block first."""
     n, c, h, w = np.shape(x)
     b = static(block_size)
-    blocks = jnp.reshape(x, (n, b, b, c // b**2, h, w))
-    return jnp.transpose(blocks, (0, 3, 4, 1, 5, 2)).reshape(n, c // b**2, h * b, w * b)
+    return _images(jnp.reshape(x, (n, b, b, c // b**2, h, w)).transpose(0, 3, 1, 2, 4, 5))
 
 
 def space_to_depth(x: Array, block_size: Any) -> Array:
     """The inverse of `depth_to_space`."""
-    n, c, h, w = np.shape(x)
     b = static(block_size)
-    blocks = jnp.reshape(x, (n, c, h // b, b, w // b, b))
-    return jnp.transpose(blocks, (0, 3, 5, 1, 2, 4)).reshape(n, c * b**2, h // b, w // b)
+    n, c, _, _, h, w = (blocks := _blocks(x, b, b)).shape
+    return blocks.transpose(0, 2, 3, 1, 4, 5).reshape(n, c * b**2, h, w)
 
 
 def pixel_shuffle(x: Array, upscale_factor: Any) -> Array:
     """Blocks of pixels out of channels, the place in the block last."""
     n, c, h, w = np.shape(x)
     f = static(upscale_factor)
-    blocks = jnp.reshape(x, (n, c // f**2, f, f, h, w))
-    return jnp.transpose(blocks, (0, 1, 4, 2, 5, 3)).reshape(n, c // f**2, h * f, w * f)
+    return _images(jnp.reshape(x, (n, c // f**2, f, f, h, w)))
 
 
 def pixel_unshuffle(x: Array, downscale_factor: Any) -> Array:
     """The inverse of `pixel_shuffle`."""
-    n, c, h, w = np.shape(x)
     f = static(downscale_factor)
-    blocks = jnp.reshape(x, (n, c, h // f, f, w // f, f))
-    return jnp.transpose(blocks, (0, 1, 3, 5, 2, 4)).reshape(n, c * f**2, h // f, w // f)
+    n, c, _, _, h, w = (blocks := _blocks(x, f, f)).shape
+    return blocks.reshape(n, c * f**2, h, w)
 
 
 def space_to_batch(x: Array, block_shape: Array, paddings: Array) -> Array:
     """Every so manieth pixel as an image of its own."""
     (a, b), widths = static(block_shape), static(paddings)
-    x = jnp.pad(x, ((0, 0), (0, 0), *widths))
-    n, c, h, w = x.shape
-    blocks = x.reshape(n, c, h // a, a, w // b, b)
-    return blocks.transpose(3, 5, 0, 1, 2, 4).reshape(n * a * b, c, h // a, w // b)
+    n, c, _, _, h, w = (blocks := _blocks(jnp.pad(x, ((0, 0), (0, 0), *widths)), a, b)).shape
+    return blocks.transpose(2, 3, 0, 1, 4, 5).reshape(n * a * b, c, h, w)
 
 
 def batch_to_space(x: Array, block_shape: Array, crops: Array) -> Array:
     """The inverse of `space_to_batch`."""
-    (a, b), ((top, bottom), (left, right)) = static(block_shape), static(crops)
+    (a, b), widths = static(block_shape), static(crops)
     n, c, h, w = np.shape(x)
-    blocks = jnp.reshape(x, (a, b, n // (a * b), c, h, w)).transpose(2, 3, 4, 0, 5, 1)
-    return blocks.reshape(n // (a * b), c, h * a, w * b)[:, :, top : h * a - bottom, left : w * b - right]
+    return crop(_images(jnp.reshape(x, (a, b, n // (a * b), c, h, w)).transpose(2, 3, 0, 1, 4, 5)), *widths)
 
 
 def sliding_windows(x: Array, axis: Any, size: Any, stride: Any = 1) -> Array:
