@@ -37,20 +37,20 @@ def one_seed(seed: int, data: Path | None, folder: Path) -> list[Row]:
 
 def summary(runs: list[list[Row]], digits: str) -> str:
     """One line per package: accuracy over the seeds, bytes, whether all audits said identical."""
-    lines = ["| package | bits | lut per | accuracy, % | bytes | of float16 | lut and indices identical |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| package | from | bits | lut per | accuracy, % | bytes | of float16 | lut and indices identical |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for rows in zip(*runs, strict=True):
         first, scores = rows[0], [100 * row.accuracy for row in rows]
         spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
         identical = "" if first.identical is None else "yes" if all(row.identical for row in rows) else "no"
         lines.append(
-            f"| {first.name} | {first.nbits or 16} | {first.family} | {statistics.mean(scores):.2f}{spread} "
-            f"| {first.nbytes:,} | {first.ratio:.3f} | {identical} |"
+            f"| {first.name} | {first.route} | {first.nbits or 16} | {first.family} "
+            f"| {statistics.mean(scores):.2f}{spread} | {first.nbytes:,} | {first.ratio:.3f} | {identical} |"
         )
     packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "torch", "coremltools", "numpy"))
     return "\n".join(lines) + (
         f"\n\n{digits}. Mean ± standard deviation over {len(runs)} seeds (split, initial weights, order); "
-        f"accuracy of the weights as read back from the saved packages.\n"
+        f"accuracy of the saved packages, run on the held-out digits.\n"
         f"Python {platform.python_version()}, {packages}.\n"
     )
 

@@ -17,6 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 import palettax as px
+from palettax import coreml
 from palettax._commands import app
 from palettax._commands.files import named_leaves
 from palettax.coreml import (
@@ -282,6 +283,44 @@ def test_a_package(model, tmp_path, options):
     }
     for row, reported in zip(verdict["palettized"], filter(lambda row: row["nbits"], rows.values()), strict=True):
         assert row["sqnr"] == pytest.approx(reported["sqnr"])
+
+
+def test_outputs_of_packages_are_compared(model, tmp_path):
+    packages, inputs = (tmp_path / "s.mlpackage", tmp_path / "m.mlpackage"), tmp_path / "x.npz"
+    save_package(model, packages[1])
+    run("compress", packages[1], packages[0], "--nbits", "4", "--json")
+    x = np.random.default_rng(1).normal(size=(1, 8, 3, 3)).astype(np.float32)
+    np.savez(inputs, x=x)
+    (found, expected) = (coreml.run(package, {"x": x})["right"].astype(np.float64) for package in packages)
+    told = json.loads(run("verify", *packages, "--inputs", inputs, "--json"))
+    (row,) = told["outputs"]
+    assert (row["name"], row["sound"]) == ("right", True)
+    assert row["error"] == pytest.approx(abs(found - expected).max() / np.ptp(expected))
+    assert row["sqnr"] == pytest.approx(10 * np.log10((expected**2).sum() / ((found - expected) ** 2).sum()))
+    assert "right" in run("verify", *packages, "--inputs", inputs, "--tolerance", 1.01 * row["error"])
+    assert "right: this output differs" in run(
+        "verify", *packages, "--inputs", inputs, "--tolerance", 0.99 * row["error"], code=1
+    )
+    same = json.loads(run("verify", packages[1], packages[1], "--inputs", inputs, "--tolerance", 0, "--json"))
+    assert same["outputs"] == [{"name": "right", "sqnr": None, "error": 0.0, "sound": True}]
+
+
+def test_inputs_that_cannot_be_run_are_said(model, tmp_path):
+    package = tmp_path / "m.mlpackage"
+    save_package(model, package)
+    np.savez(tmp_path / "other.npz", y=np.ones(3))
+    np.save(tmp_path / "one.npy", np.ones(3))
+    np.savez(tmp_path / "x.npz", x=np.ones((1, 8, 2, 3)))
+    for inputs, message in (
+        ("other.npz", "the program takes ['x']"),
+        ("one.npy", "np.savez"),
+        ("x.npz", "(1, 8, 3, 3)"),
+    ):
+        assert message in run("verify", package, package, "--inputs", tmp_path / inputs, code=2)
+    assert "--inputs too" in run("verify", package, package, "--tolerance", 1, code=2)
+    px.save(tmp_path / "w.safetensors", {"w": np.ones(3, np.float32)})
+    files = [tmp_path / "w.safetensors"] * 2
+    assert "can be run" in run("verify", *files, "--inputs", tmp_path / "x.npz", code=2)
 
 
 def test_what_differs_in_a_package_is_named(model, tmp_path):

@@ -24,16 +24,16 @@ def digits():
 
 def test_what_is_written_is_what_was_computed(digits, tmp_path):
     model = DigitNet(nnx.Rngs(0))
-    chosen = {name: recipes()[name] for name in ("8bit", "4bit-grouped")}
+    chosen = {name: recipes()[name] for name in ("8bit", "4bit-grouped", "4bit-by-torch")}
     rows = list(run_recipes(model, digits, tmp_path, chosen))
     assert [row.name for row in rows] == ["float16", *chosen]
-    assert [row.identical for row in rows] == [None, True, True]
+    assert [row.identical for row in rows] == [None, True, True, True]
     # 8 bits a weight and little else is half of 16, and 4 a quarter.
     assert rows[1].ratio == pytest.approx(1 / 2, abs=0.01)
     assert rows[2].ratio == pytest.approx(1 / 4, abs=0.01)
     write_results(rows, model, tmp_path)
     assert [row["name"] for row in json.loads((tmp_path / "table.json").read_text())] == ["float16", *chosen]
-    assert (tmp_path / "table.md").read_text().count("| yes |") == 2
+    assert (tmp_path / "table.md").read_text().count("| yes |") == 3
     for figure in ("histograms.png", "accuracy.png"):
         assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
 

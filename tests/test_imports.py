@@ -16,7 +16,8 @@ import palettax as px
 ROOT = Path(px.__file__).parent
 # A module imports only from the levels above its own, or from its own package.
 LEVELS = [
-    {"_typing", "_paths", "_extras", "_files", "_progress"},
+    {"_typing", "_paths", "_names", "_extras", "_files", "_progress"},
+    {"_keys"},
     {"_running"},
     {"clustering"},
     {"leaf"},
@@ -34,7 +35,18 @@ LEVELS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 EDGE = {name for names in LEVELS[LEVEL["coreml"] + 1 :] for name in names}
-OPTIONAL = {"torch", "coremltools", "flax", "optax", "matplotlib", "sklearn", "pandas", "rich", "typer"}
+OPTIONAL = {
+    "torch",
+    "coremltools",
+    "stablehlo_coreml",
+    "flax",
+    "optax",
+    "matplotlib",
+    "sklearn",
+    "pandas",
+    "rich",
+    "typer",
+}
 
 
 def module_name(path):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from palettax._commands.recipe import Palette, Rules
+from palettax._keys import Configuration, boolean, integer, mapping, one_of, optional
+from palettax._names import nearest
 from palettax.palettize import WEIGHT_THRESHOLD
-from palettax.torch.keys import Configuration, boolean, integer, mapping, one_of, optional
-from palettax.torch.names import nearest
 
 _PARTS = ("global", "by_path")
 

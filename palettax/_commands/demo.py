@@ -26,7 +26,7 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split, the first weights and the order of the digits.")] = 0,
 ) -> None:
-    """Train a network, palettize it, convert it to Core ML, read the packages back, compare bit for bit."""
+    """Train a network, palettize it, convert it to Core ML, compare the packages bit for bit, and run them."""
     try:
         require("palettax.coreml", "demo")  # before all others: it keeps coremltools' import quiet
         for module in ("flax", "optax", "mlxtend", "matplotlib"):
@@ -47,7 +47,7 @@ def demo(
         with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
             task = progress.add_task("Train in Flax", total=epochs * steps_per_epoch(digits))
             model = train(digits, epochs, seed, lambda _: progress.advance(task))
-            task = progress.add_task("Palettize, convert, read back", total=1 + len(recipes()))
+            task = progress.add_task("Palettize, convert, run", total=1 + len(recipes()))
             rows = []
             for row in run_recipes(model, digits, out, recipes()):
                 rows.append(row)
@@ -57,11 +57,10 @@ def demo(
         console.print(f"Interrupted; the packages in {out} are whole, the table was not written.")
         raise typer.Exit(130) from None
 
-    table = Table(title=f"{len(digits.test_labels):,} held-out digits, weights as read back from the packages")
-    for heading in ("package", "lut per", "bits", "accuracy", "bytes", "of fp16", "lut and indices identical"):
-        table.add_column(
-            heading, justify="left" if heading in ("package", "lut per") else "right", no_wrap=heading == "package"
-        )
+    table = Table(title=f"{len(digits.test_labels):,} held-out digits, the packages run on them")
+    left = ("package", "lut per")
+    for heading in (*left, "bits", "accuracy", "bytes", "of fp16", "lut and indices identical"):
+        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=heading == "package")
     for row in rows:
         identical = {True: "[green]yes", False: "[bold red]no", None: ""}[row.identical]
         cells = (f"{row.accuracy:.1%}", f"{row.nbytes:,}", f"{row.ratio:.3f}", identical)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from palettax.coreml.constexpr import value_of
+from palettax.coreml.evaluate import run
 from palettax.coreml.package import Op, load_program, op_name, open_model, operations_of, read_names
 from palettax.coreml.read import table_name
-from palettax.coreml.read_table import LOOKUPS, read_table
+from palettax.coreml.read_table import lookup_of, read_table
 from palettax.coreml.scoped import quiet
 from palettax.coreml.weights import compressed_row, decompresses, is_constant, is_part, weights_of
 from palettax.leaf import PalettizedArray, same_bits
@@ -44,7 +46,7 @@ def package_weights(path: Path) -> dict[str, tuple[Leaf, str, int | None]]:
 def _read(op: Op) -> tuple[Leaf, str, int | None]:
     if not decompresses(op):
         return np.asarray(op.outputs[0].val), "", None
-    lookup = _lookup_of(op)
+    lookup = lookup_of(op)
     if lookup is not None:
         try:
             return read_table(lookup), "", None
@@ -53,17 +55,9 @@ def _read(op: Op) -> tuple[Leaf, str, int | None]:
     return value_of(op.outputs[0]), f"compressed by {op.op_type.removeprefix('constexpr_')}", compressed_row(op).nbytes
 
 
-def _lookup_of(op: Op) -> Op | None:
-    """The op that looks up a weight in its table, at or before an op that decompresses it."""
-    if op.op_type in LOOKUPS:
-        return op
-    makers = (var.op for var in op.inputs.values() if getattr(var, "op", None) is not None)
-    return next(filter(None, map(_lookup_of, filter(decompresses, makers))), None)
-
-
 def weight_name(op: Op) -> str:
     """The name of the weight that an op is, or is the last one to decompress."""
-    lookup = _lookup_of(op)
+    lookup = lookup_of(op)
     return op_name(op.name) if lookup is None else table_name(lookup)
 
 
@@ -106,7 +100,7 @@ def compare_packages(small: Path, reference: Path) -> tuple[list[Palette], int, 
     palettes, identical = [], 0
     for item in ours:
         twin = known.get(item.key)
-        lookup = _lookup_of(item.op) if item.is_weight else None
+        lookup = lookup_of(item.op) if item.is_weight else None
         if lookup is not None:
             palettes.append(_palette(item, lookup, twin))
         if twin is None:
@@ -116,6 +110,53 @@ def compare_packages(small: Path, reference: Path) -> tuple[list[Palette], int, 
         elif lookup is None:
             identical += 1
     return palettes, identical, problems
+
+
+class Output(NamedTuple):
+    """One output of two packages for the same inputs.
+
+    Attributes:
+        name: of the feature.
+        sqnr: of the first package's values, in dB; inf where they are equal.
+        error: the largest difference over the range of the second package's values.
+        sound: whether the shapes are the same, and all is finite that is so in the second package.
+    """
+
+    name: str
+    sqnr: float
+    error: float
+    sound: bool
+
+
+def compare_outputs(small: Path, reference: Path, inputs: Path) -> list[Output]:
+    """What two packages compute, evaluated here.
+
+    Args:
+        small: the one package.
+        reference: the other.
+        inputs: an .npz file with an array for each input.
+    """
+    file = np.load(inputs, allow_pickle=False)
+    if isinstance(file, np.ndarray):
+        raise ValueError(f"{inputs} holds one array without a name; write it with np.savez(path, input_name=array)")
+    with file:
+        given = {name: file[name] for name in file.files}
+    found, expected = (run(path, given) for path in (small, reference))
+    return [_output(name, found.get(name), value) for name, value in expected.items()]
+
+
+def _output(name: str, found: Any, expected: Any) -> Output:
+    if isinstance(expected, str | int):  # the label of a classifier
+        return Output(name, math.inf if found == expected else -math.inf, float(found != expected), True)
+    one, other = (np.asarray(list(v.values()) if isinstance(v, dict) else v, np.float64) for v in (found, expected))
+    if one.shape != other.shape or not np.isfinite(one[np.isfinite(other)]).all():
+        return Output(name, -math.inf, math.inf, False)
+    finite = np.isfinite(other)
+    one, other = one[finite], other[finite]
+    error, spread = abs(one - other).max(initial=0), np.ptp(other) if other.size else 0
+    noise = ((one - other) ** 2).sum()
+    sqnr = 10 * math.log10((other**2).sum() / noise) if noise and other.any() else math.inf if not noise else -math.inf
+    return Output(name, sqnr, float(error / (spread or abs(other).max(initial=0) or 1)), True)
 
 
 class _Item(NamedTuple):

@@ -1,8 +1,9 @@
 """`palettax verify`: whether a small file is what it should be, bit for bit."""
 
 # No postponed annotations: typer reads them as objects.
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
@@ -20,7 +21,7 @@ Problem = tuple[str, str]
 """The name of what differs, and how."""
 
 _EXAMPLES = examples(
-    "palettax verify Small.mlpackage Model.mlpackage",
+    "palettax verify Small.mlpackage Model.mlpackage --inputs x.npz",
     "palettax verify small.safetensors model.safetensors --json",
 )
 
@@ -35,20 +36,29 @@ class _Checked(NamedTuple):
 
 
 class _Verdict(NamedTuple):
-    """What was compared: the tables, how much else is identical, and what is not in order."""
+    """What was compared: the tables, how much else is identical, what is not in order, and outputs if asked for."""
 
     palettized: list[_Checked]
     identical: int
     problems: list[Problem]
+    outputs: Sequence[Any] = ()
 
 
 @app.command(epilog=_EXAMPLES)
 def verify(
     small: Annotated[Path, typer.Argument(metavar="SMALL", help="The file with the tables.")],
     reference: Annotated[Path, typer.Argument(metavar="REFERENCE", help="The file that it was made from.")],
+    inputs: Annotated[
+        Path | None, typer.Option(help="An .npz file with an array for each input: run both packages on it.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="The largest difference of outputs allowed, over their range.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compare bit for bit what is not palettized, and check every table against its weights.
+
+    With --inputs, compare what two packages compute too; they run here, not by Core ML.
 
     Exit code 0: all is in order. 1: something differs, and the output names it. 2: there was nothing to compare.
     """
@@ -56,7 +66,13 @@ def verify(
         kinds = [kind_of(path) == PACKAGE for path in (small, reference)]
         if kinds[0] != kinds[1]:
             raise ValueError(f"{small} and {reference}: a package is compared with a package; give two of one kind")
+        if not kinds[0] and inputs is not None:
+            raise ValueError(f"--inputs: {small} is no package, and only a package can be run")
+        if tolerance is not None and inputs is None:
+            raise ValueError("--tolerance is for outputs; give --inputs too")
         verdict = _packages(small, reference) if kinds[0] else _trees(small, reference)
+        if inputs is not None:
+            verdict = _with_outputs(verdict, small, reference, inputs, tolerance)
     ok = not verdict.problems
     if as_json:
         print_json({
@@ -64,11 +80,15 @@ def verify(
             "palettized": [row._asdict() for row in verdict.palettized],
             "identical": verdict.identical,
             "problems": [{"name": name, "problem": problem} for name, problem in verdict.problems],
+            "outputs": [row._asdict() for row in verdict.outputs],
         })  # fmt: skip
     else:
         columns = {"palettized": "left", "SQNR": "right", "not nearest": "right", "form": "left"}
         cells = [(row.name, sqnr_text(row.sqnr), f"{row.misplaced:,}", row.form) for row in verdict.palettized]
         print_table(columns, cells)
+        if verdict.outputs:
+            columns = {"output": "left", "SQNR": "right", "largest difference": "right"}
+            print_table(columns, [(row.name, sqnr_text(row.sqnr), f"{row.error:.2%}") for row in verdict.outputs])
         say(*(f"{name}: {problem}" for name, problem in verdict.problems))
         tables = f"{len(verdict.palettized)} palettized, {verdict.identical} others identical"
         say(f"{tables}: all is in order" if ok else f"{tables}, NOT in order: {len(verdict.problems)}")
@@ -88,6 +108,19 @@ def _packages(small: Path, reference: Path) -> _Verdict:
         elif palette.reference is not None and palette.reference.shape == palette.leaf.shape:
             checked.append(_check(palette.name, palette.leaf, palette.reference, problems))
     return _Verdict(checked, identical, problems)
+
+
+def _with_outputs(verdict: _Verdict, small: Path, reference: Path, inputs: Path, tolerance: float | None) -> _Verdict:
+    from palettax._commands.package import compare_outputs
+
+    outputs = compare_outputs(small, reference, inputs)
+    problems = [(row.name, "this output has another shape, or is NaN or infinite") for row in outputs if not row.sound]
+    problems += [
+        (row.name, f"this output differs by {row.error:.2%} of its range, and {tolerance:.2%} are allowed")
+        for row in outputs
+        if row.sound and tolerance is not None and row.error > tolerance
+    ]
+    return verdict._replace(outputs=outputs, problems=[*verdict.problems, *problems])
 
 
 def _trees(small: Path, reference: Path) -> _Verdict:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from palettax._typing import Array, PRNGKey
+from palettax._typing import Array, PRNGKey, is_traced
 from palettax.clustering.assignment import nearest, squared_errors
 from palettax.clustering.fit import LutFit
 from palettax.clustering.seeding import (
@@ -88,6 +88,8 @@ def kmeans_vectors(
     if restarts < 1:
         raise ValueError(f"restarts={restarts}; at least one start is needed")
     vectors, sensitivity = jax.lax.stop_gradient((vectors, sensitivity))
+    if not is_traced(vectors):  # one program for all narrow floats
+        vectors = jnp.asarray(vectors, jnp.promote_types(vectors.dtype, jnp.float32))
     return _fit_groups(vectors, sensitivity, key, tol, max_steps, k, restarts)
 
 
@@ -110,6 +112,8 @@ def _fit_groups(
     calls = -(-groups // max(1, BATCH // m))
     batch = -(-groups // calls)
     group = (vectors, sensitivity, jax.random.split(key, groups))
+    if groups == 1:  # compiles faster than a loop over one
+        return jax.tree.map(lambda a: a[None], fit(jax.tree.map(lambda a: a[0], group)))
     if batch == 1:
         return jax.lax.map(fit, group)
     # Groups repeat to fill the last batch, so that one compiled batch does for all.

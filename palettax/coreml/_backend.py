@@ -24,5 +24,13 @@ def import_quietly(module: str) -> Any:
         logger.setLevel(level)
 
 
-require("torch", "coreml")
 import_quietly("coremltools")
+
+
+def from_torch(*_: Any, **__: Any) -> Any:
+    """Stands for the real one where there is no torch.
+
+    Raises:
+        ImportError: always; it says which extra to install.
+    """
+    require("torch", "torch")

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import coremltools as ct
+import jax
 import numpy as np
-import torch
+from jax.tree_util import DictKey
 
+from palettax._names import flatten_names
+from palettax._paths import leaf_names
+from palettax._typing import Tree
 from palettax.coreml.compare import rounded
 from palettax.coreml.forms import in_package, target_of
+from palettax.coreml.moves import moved
 from palettax.coreml.package import op_name, open_model, operations
-from palettax.coreml.read import read_palettes
+from palettax.coreml.read import Noted, noted_palettes
 from palettax.coreml.weights import decompresses, is_weight
 from palettax.leaf import PalettizedArray, has_levels, is_palettized, same_bits
-from palettax.torch.load import tables_of
-from palettax.torch.names import flatten_names
-from palettax.torch.plain import check_plain
+from palettax.leaf.plain import check_plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +90,13 @@ class Audit:
         return "\n".join([*lines, f"{len(self.leaves)} palettized: {verdict}; {len(self.dense)} dense"])
 
 
-def audit(mlmodel: ct.models.MLModel | str | Path, palettized: Mapping[str, Any] | torch.nn.Module) -> Audit:
+def audit(mlmodel: ct.models.MLModel | str | Path, palettized: Tree) -> Audit:
     """Compare a package with the weights that were meant to go into it.
 
     Args:
         mlmodel: an mlprogram, or the path of one.
-        palettized: leaves by dotted torch name, or nested dicts of them; the dense ones are ignored. Or a torch module,
-            for the tables that it carries in its buffers.
+        palettized: leaves by dotted name, or a tree of them: what was given to `from_torch` or `from_jax`; the dense
+            ones are ignored. Or a torch module, for the tables that it carries in its buffers.
 
     Returns:
         The comparison, on raw bits; print it to read it.
@@ -100,8 +105,8 @@ def audit(mlmodel: ct.models.MLModel | str | Path, palettized: Mapping[str, Any]
         ValueError: as in `read_palettes`, or a leaf with kept values or a table of float8, which no package holds.
     """
     mlmodel = open_model(mlmodel)
-    palettes = read_palettes(mlmodel)
-    leaves = tables_of(palettized) if isinstance(palettized, torch.nn.Module) else flatten_names(palettized)
+    palettes = noted_palettes(mlmodel)
+    leaves = _named(palettized)
     target = target_of(mlmodel)
     compared = {name: _compare(name, leaf, palettes, target) for name, leaf in leaves.items() if is_palettized(leaf)}
     known = {op: name for name in leaves for op in _ops_of(name)}
@@ -115,19 +120,35 @@ def _ops_of(name: str) -> tuple[str, ...]:
     return (plain, f"p_{plain}", f"b_{plain}", f"op_{plain.removeprefix('p_')}")
 
 
-def _compare(name: str, ours: PalettizedArray, palettes: Mapping[str, PalettizedArray], target: ct.target) -> LeafAudit:
+def _named(tree: Tree) -> dict[str, Any]:
+    """Leaves by dotted name, those of a dict in its order; of a torch module, the tables in its buffers."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(tree, torch.nn.Module):
+        from palettax.torch.load import tables_of
+
+        return tables_of(tree)
+    named: dict[str, Any] = {}
+    for top, part in (flatten_names(tree) if isinstance(tree, dict) else {"": tree}).items():
+        paths = jax.tree_util.tree_flatten_with_path(part, is_leaf=is_palettized)[0]
+        names = leaf_names([(*[DictKey(top)] * bool(top), *path) for path, _ in paths], ".")
+        named |= zip(names, [leaf for _, leaf in paths], strict=True)
+    return named
+
+
+def _compare(name: str, ours: PalettizedArray, palettes: Mapping[str, Noted], target: ct.target) -> LeafAudit:
     """One leaf beside its table."""
     check_plain(name, ours, blocked_scale=True)
     found = next((key for key in (name, *_ops_of(name)) if key in palettes), None)
     if found is None:
         return LeafAudit()
-    theirs, held = palettes[found], in_package(ours, target)
+    theirs = palettes[found].stored
+    held = functools.reduce(moved, palettes[found].moves, in_package(ours, target))
     expected = rounded(held, theirs.dtype)
     dtype = np.dtype(theirs.dtype).name
     return LeafAudit(
         found=found,
         lut_identical=same_bits(expected.lut, theirs.lut),
-        indices_identical=same_bits(expected.indices, theirs.indices) and ours.vector_axis == theirs.vector_axis,
+        indices_identical=same_bits(expected.indices, theirs.indices) and held.vector_axis == theirs.vector_axis,
         scale_identical=same_bits(expected.scale, theirs.scale),
         mask_identical=same_bits(expected.mask, theirs.mask),
         lut_dtype=f"{theirs.lut.dtype} of {dtype}" if has_levels(theirs) else dtype,

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, Any, NamedTuple
 
+from palettax._keys import Configuration, boolean, integer, listed, mapping, one_of, optional
 from palettax.coreml.package import Op
 from palettax.palettize import WEIGHT_THRESHOLD
-from palettax.torch.keys import Configuration, boolean, integer, listed, mapping, one_of, optional
 
 _MODES = ("kmeans", "uniform", "unique", "custom")
 _GRANULARITIES = ("per_tensor", "per_grouped_channel")

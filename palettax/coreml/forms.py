@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import coremltools as ct
 import numpy as np
 
+from palettax._names import nearest
 from palettax.leaf import PalettizedArray, as_numpy, has_levels, scaled_lut, tables_per_scale
-from palettax.torch.names import nearest
-from palettax.torch.plain import check_plain
+from palettax.leaf.plain import check_plain
 
 _PACKED_NBITS = (1, 2, 4, 6, 8)
 

@@ -9,15 +9,15 @@ from typing import Any
 import coremltools as ct
 import torch
 
+from palettax._names import flatten_names
 from palettax.coreml.forms import check_forms, in_package, parse_target
 from palettax.coreml.frontend import Captured, export, needs_trace, trace
 from palettax.coreml.inject import PASS_NAME, Tables
-from palettax.coreml.read import record_leaves
+from palettax.coreml.read import Use, record_leaves
 from palettax.coreml.scoped import quiet
 from palettax.leaf import PalettizedArray, is_palettized
 from palettax.torch.conversion import fast_conversion
 from palettax.torch.load import tables_of, tensors_by_name, write_weights
-from palettax.torch.names import flatten_names
 
 
 def from_torch(
@@ -133,5 +133,5 @@ def _convert(
     pipeline.set_options(PASS_NAME, {"tables": tables})
     mlmodel: Any = ct.convert(captured.program, **{**captured.options, **options, "pass_pipeline": pipeline})
     made = {name: tables.op_names.get(first[id(tensors[name])]) for name in leaves}
-    record_leaves(mlmodel, leaves, made)
+    record_leaves(mlmodel, [Use(name, leaf, made[name]) for name, leaf in leaves.items()], {})
     return mlmodel

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Container
 from typing import Any
 
 import coremltools as ct
 import numpy as np
 from coremltools.converters.mil.mil import Builder, Program, Var, types
+from coremltools.converters.mil.mil.block import curr_block
 from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
 from coremltools.converters.mil.mil.passes.helper import block_context_manager
 from coremltools.converters.mil.mil.passes.pass_registry import register_pass
@@ -62,11 +64,11 @@ def _inject(block: Any, tables: Tables) -> None:
             _inject(inner, tables)
         if op.name in leaf_of:
             leaf = leaf_of[op.name]
-            tables.op_names[leaf] = _free(op_name(leaf), taken)
+            tables.op_names[leaf] = free_name(op_name(leaf), taken)
             taken.add(tables.op_names[leaf])
             small = tables.leaves[leaf]
             dtype = op.outputs[0].val.dtype
-            replace_weight(op, _flushed(small) if tables.half else small, dtype, tables.op_names[leaf])
+            replace_weight(op, flushed(small) if tables.half else small, dtype, tables.op_names[leaf])
 
 
 def _is_ours(op: Op, tables: Tables) -> bool:
@@ -75,8 +77,13 @@ def _is_ours(op: Op, tables: Tables) -> bool:
     return name is not None and _holds(op, tables.leaves[name])
 
 
-def _free(name: str, taken: set[str]) -> str:
-    """The name, or with the first number behind it that makes it new."""
+def free_name(name: str, taken: Container[str | None]) -> str:
+    """The name, or with the first number behind it that makes it new.
+
+    Example:
+        >>> free_name("weight", {"weight", "weight_1"})
+        'weight_2'
+    """
     numbered = (f"{name}_{number}" for number in itertools.count(1))
     return name if name not in taken else next(candidate for candidate in numbered if candidate not in taken)
 
@@ -87,8 +94,12 @@ def _holds(op: Op, leaf: PalettizedArray) -> bool:
     return isinstance(value, np.ndarray) and np.array_equal(value, np.asarray(leaf.depalettize()))
 
 
-def _flushed(leaf: PalettizedArray) -> PalettizedArray:
-    """The leaf without numbers that float16 rounds to zero: coremltools would raise those to its smallest number."""
+def flushed(leaf: PalettizedArray) -> PalettizedArray:
+    """The leaf without numbers that float16 rounds to zero: coremltools would raise those to its smallest number.
+
+    Args:
+        leaf: as NumPy arrays, for a program that will compute in float16.
+    """
 
     def flush(values: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -138,14 +149,14 @@ def _remove(op: Op) -> None:
             _remove(source)
 
 
-def table_op(leaf: PalettizedArray, dtype: np.dtype, name: str, before: Op) -> Var:
+def table_op(leaf: PalettizedArray, dtype: np.dtype, name: str, before: Op | None = None) -> Var:
     """Build the ops that stand for a palettized weight, in the form that the program's opset has.
 
     Args:
         leaf: the weight, as `in_package` has it.
         dtype: the dtype the program computes in.
         name: what to call the op of the table.
-        before: the op to insert it before.
+        before: the op to insert it before; None for the end of the block that is being built.
 
     Returns:
         The variable that holds the weight.
@@ -156,7 +167,7 @@ def table_op(leaf: PalettizedArray, dtype: np.dtype, name: str, before: Op) -> V
         scale=None if leaf.scale is None else np.asarray(leaf.scale).astype(dtype),
         dtype=dtype,
     )
-    opset = _opset_of(before.enclosing_block)
+    opset = _opset_of(curr_block() if before is None else before.enclosing_block)
     if opset < ct.target.iOS18:
         return _packed(leaf, name, before)
     if leaf.mask is not None:
@@ -171,7 +182,7 @@ def _opset_of(block: Any) -> ct.target:
     return block.opset_version
 
 
-def _packed(leaf: PalettizedArray, name: str, before: Op) -> Var:
+def _packed(leaf: PalettizedArray, name: str, before: Op | None) -> Var:
     """The form before iOS18: a stream of bits, a flat table, a shape."""
     indices, shape = pack(np.asarray(leaf.indices), leaf.nbits), np.array(leaf.shape, np.uint32)
     return mb.constexpr_lut_to_dense(
@@ -179,7 +190,7 @@ def _packed(leaf: PalettizedArray, name: str, before: Op) -> Var:
     )
 
 
-def _dense(leaf: PalettizedArray, name: str, before: Op, scale_in_front: bool) -> Var:
+def _dense(leaf: PalettizedArray, name: str, before: Op | None, scale_in_front: bool) -> Var:
     """A table in the form of iOS18, its scale in front of the lookup or behind it."""
     vector = {} if leaf.vector_axis is None else {"vector_axis": np.int32(leaf.vector_axis)}
     indices = leaf.indices.astype(_unsigned(leaf.nbits))
@@ -197,7 +208,7 @@ def _dense(leaf: PalettizedArray, name: str, before: Op, scale_in_front: bool) -
     )
 
 
-def _sparse(leaf: PalettizedArray, name: str, before: Op) -> Var:
+def _sparse(leaf: PalettizedArray, name: str, before: Op | None) -> Var:
     """A table for the weights inside the mask, and zeros elsewhere."""
     inside = np.asarray(leaf.mask)
     mask, values = mb.constexpr_lut_to_sparse(

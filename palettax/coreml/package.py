@@ -19,6 +19,7 @@ from coremltools.converters.mil.mil import Program
 from coremltools.converters.mil.mil.var import ListVar
 
 from palettax._files import size_on_disk
+from palettax.coreml.moves import Move
 
 Op = Any
 """An op of coremltools, which has its inputs as attributes that no type declares."""
@@ -26,7 +27,7 @@ Op = Any
 _SHARED, _SHARED_BY_FUNCTIONS = 100, 10
 """From how many elements equal constants are stored once: as coremltools does in one function, and what it can."""
 
-METADATA_KEY = "palettax.leaves"
+METADATA_KEY, MOVES_KEY = "palettax.leaves", "palettax.moves"
 _SUFFIXES = re.compile(r"(_cast_fp16|_to_fp16|_palettized|_sparsified|_quantized|_pcs)+$")
 
 
@@ -158,13 +159,25 @@ def op_name(name: str) -> str:
 
 
 def read_names(mlmodel: ct.models.MLModel) -> dict[str, list[str]]:
-    """The leaves that `from_torch` noted for each op, by the op's name; none in a package of another maker."""
+    """The leaves noted for each op, by the op's name; none in a package of another maker."""
     return json.loads(mlmodel.user_defined_metadata.get(METADATA_KEY, "{}"))
 
 
 def write_names(mlmodel: ct.models.MLModel, names: dict[str, list[str]]) -> None:
     """Note in the package which leaves each op stands for."""
     mlmodel.user_defined_metadata[METADATA_KEY] = json.dumps(names, sort_keys=True)
+
+
+def read_moves(mlmodel: ct.models.MLModel) -> dict[str, list[Move]]:
+    """What was done to each leaf before it went into the package, by the name of the leaf."""
+    noted = json.loads(mlmodel.user_defined_metadata.get(MOVES_KEY, "{}"))
+    return {leaf: [(kind, numbers) for kind, numbers in moves] for leaf, moves in noted.items()}
+
+
+def write_moves(mlmodel: ct.models.MLModel, moves: dict[str, list[Move]]) -> None:
+    """Note in the package what was done to each leaf, if anything was."""
+    if moves:
+        mlmodel.user_defined_metadata[MOVES_KEY] = json.dumps(moves, sort_keys=True)
 
 
 def save_package(mlmodel: ct.models.MLModel, path: str | Path) -> Path:

@@ -13,6 +13,8 @@ import numpy as np
 from coremltools.converters.mil.mil import Program
 from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
 
+from palettax._keys import warn_caller
+from palettax._names import nearest
 from palettax._progress import progress_bar
 from palettax.coreml.config import OpPalettizerConfig, OptimizationConfig
 from palettax.coreml.forms import check_forms, in_package
@@ -32,8 +34,6 @@ from palettax.coreml.weights import (
 from palettax.leaf import PalettizedArray, is_palettized, shift_tables, spread
 from palettax.palettize import palettize
 from palettax.report import LeafReport, Report, report
-from palettax.torch.keys import warn_caller
-from palettax.torch.names import nearest
 
 
 class Compressed(NamedTuple):

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import coremltools as ct
 
 from palettax.coreml.compare import same, same_after_rounding
-from palettax.coreml.package import Op, op_name, open_model, operations, read_names, write_names
+from palettax.coreml.moves import Move, moved, unmoved
+from palettax.coreml.package import (
+    Op,
+    op_name,
+    open_model,
+    operations,
+    read_moves,
+    read_names,
+    write_moves,
+    write_names,
+)
 from palettax.coreml.read_table import LOOKUPS, read_table
 from palettax.leaf import PalettizedArray
 
@@ -22,50 +34,91 @@ def read_palettes(mlmodel: ct.models.MLModel | str | Path) -> dict[str, Palettiz
     Returns:
         The palettized weights in the dtype of the package, usually float16, with levels, scale and mask as they are
         there; a table quantized in a way that a `PalettizedArray` does not know is de-quantized. Keys are dotted names
-        where `from_torch` noted them, else the op's name without the suffixes of coremltools. Of two functions with
-        different weights under one name, the second's begins with the function's name.
+        where `from_torch` or `from_jax` noted them, else the op's name without the suffixes of coremltools. Of two
+        functions with different weights under one name, the second's begins with the function's name. What `from_jax`
+        had transposed, reshaped or reversed is as it was in JAX.
 
     Raises:
         ValueError: the model is no mlprogram, or a weight is in a form that a `PalettizedArray` does not have.
     """
-    mlmodel = open_model(mlmodel)
-    names = read_names(mlmodel)
-    palettes: dict[str, PalettizedArray] = {}
-    for function, op, leaf in _tables(mlmodel):
+    return {name: table.leaf for name, table in noted_palettes(open_model(mlmodel)).items()}
+
+
+class Noted(NamedTuple):
+    """A table of a package.
+
+    Attributes:
+        leaf: the weight as it was before the conversion.
+        stored: as it is in the package.
+        moves: what was done to it in between.
+    """
+
+    leaf: PalettizedArray
+    stored: PalettizedArray
+    moves: list[Move]
+
+
+def noted_palettes(mlmodel: ct.models.MLModel) -> dict[str, Noted]:
+    """The tables of a package by the names of `read_palettes`.
+
+    Args:
+        mlmodel: an mlprogram.
+    """
+    names, moves = read_names(mlmodel), read_moves(mlmodel)
+    palettes: dict[str, Noted] = {}
+    for function, op, stored in _tables(mlmodel):
         for name in names.get(op, [op]):
-            known = palettes.setdefault(name, leaf)
-            if not same(known, leaf):
-                palettes[f"{function}.{name}"] = leaf
+            done = moves.get(name, [])
+            table = Noted(unmoved(stored, done), stored, done)
+            if not same(palettes.setdefault(name, table).leaf, table.leaf):
+                palettes[f"{function}.{name}"] = table
     return palettes
 
 
-def record_leaves(
-    mlmodel: ct.models.MLModel, leaves: Mapping[str, PalettizedArray], op_names: Mapping[str, str | None]
-) -> None:
+class Use(NamedTuple):
+    """A table that a conversion was to make.
+
+    Attributes:
+        name: of the leaf.
+        leaf: as it is in the package, but for moves.
+        op: the name of the op that was made of it; None if none was.
+    """
+
+    name: str
+    leaf: PalettizedArray
+    op: str | None
+
+
+def record_leaves(mlmodel: ct.models.MLModel, uses: Iterable[Use], moves: Mapping[str, list[Move]]) -> None:
     """Note in a fresh package which op holds which leaf.
 
     Args:
         mlmodel: what a conversion gave.
-        leaves: the palettized weights that went in.
-        op_names: the op that the conversion made of each, if it made one.
+        uses: the tables that went in.
+        moves: what was done to them before, by the name of the op.
 
     Raises:
         ValueError: a leaf is not a table in the package.
     """
-    ops = {op: leaf for _, op, leaf in _tables(mlmodel)} if leaves else {}
+    ops = {op: leaf for _, op, leaf in _tables(mlmodel)}
     names: dict[str, list[str]] = {}
-    for name, leaf in leaves.items():
-        made = op_names[name]
+    done: dict[str, list[Move]] = {}
+    for name, leaf, made in uses:
+        own = moves.get(made or "", [])
         # The pipeline merges equal weights: the leaf may live on under the name of its twin.
-        twins = [op for op, found in ops.items() if same_after_rounding(leaf, found)] if made not in ops else []
-        holder = made if made in ops else next(iter(twins), None) if made else None
+        twins = (op for op, found in ops.items() if same_after_rounding(functools.reduce(moved, own, leaf), found))
+        holder = made if made in ops else next(twins, None) if made else None
         if holder is None:
             raise ValueError(
                 f"{name}: it did not become a lookup table: the converter kept no constant that holds it, because the "
                 "model does not use it or the converter computes with it; leave it dense"
             )
-        names.setdefault(holder, []).append(name)
+        if name not in names.setdefault(holder, []):
+            names[holder].append(name)
+        if own:
+            done[name] = own
     write_names(mlmodel, names)
+    write_moves(mlmodel, done)
 
 
 def _tables(mlmodel: ct.models.MLModel) -> list[tuple[str, str, PalettizedArray]]:

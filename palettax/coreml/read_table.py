@@ -33,6 +33,23 @@ class Scaling:
     fills_zeros: bool = False
 
 
+def lookup_of(op: Op) -> Op | None:
+    """The op that looks up a weight in its table: this one, or one before it in a chain that decompresses the weight.
+
+    Args:
+        op: any.
+
+    Returns:
+        It, or None where there is none.
+    """
+    if op.op_type in LOOKUPS:
+        return op
+    if not op.op_type.startswith("constexpr_"):
+        return None
+    makers = (var.op for var in op.inputs.values() if getattr(var, "op", None) is not None)
+    return next(filter(None, map(lookup_of, makers)), None)
+
+
 def read_table(op: Op) -> PalettizedArray:
     """Read the weight that begins with a lookup.
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 
-from coremltools.converters.mil.frontend.torch import ops
 from coremltools.converters.mil.mil.passes import pass_pipeline
 
-from palettax.torch.conversion import replaced
+from palettax._extras import replaced
+from palettax.coreml.mended import mended
 
+_TORCH_OPS = "coremltools.converters.mil.frontend.torch.ops"
+"""Which it has imported if there is torch."""
 _HARMLESS = (
     (ResourceWarning, "Implicitly cleaning up <TemporaryDirectory"),
     (UserWarning, r"(Input|Output), '.*', of the source model, has been renamed"),
@@ -26,14 +29,16 @@ _HARMLESS = (
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence progress bars, the log below errors, and the warnings that a sound conversion gives."""
+    """Silence progress bars, the log below errors, and the warnings that a sound conversion gives; guard its passes."""
     logger = logging.getLogger("coremltools")
     level = logger.level
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         for category, message in _HARMLESS:
             warnings.filterwarnings("ignore", message, category)
-        for module, name in ((ops, "_tqdm"), (pass_pipeline, "tqdm")):
-            stack.enter_context(replaced(module, name, functools.partial(getattr(module, name), disable=True)))
+        for module, name in ((sys.modules.get(_TORCH_OPS), "_tqdm"), (pass_pipeline, "tqdm")):
+            if module is not None:
+                stack.enter_context(replaced(module, name, functools.partial(getattr(module, name), disable=True)))
+        stack.enter_context(mended())
         logger.setLevel(logging.ERROR)
         try:
             yield

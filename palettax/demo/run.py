@@ -13,14 +13,16 @@ import torch
 from flax import nnx
 
 import palettax as px
-from palettax.coreml import audit, from_torch, package_bytes, read_palettes, save_package
+from palettax.coreml import as_function, audit, from_jax, from_torch, package_bytes, save_package
+from palettax.coreml.package import open_model
 from palettax.demo.data import Digits
-from palettax.demo.networks import FEATURE_MAP, DigitNet, accuracy, torch_twin
-from palettax.torch import from_flax, to_flax
+from palettax.demo.networks import FEATURE_MAP, DigitNet, torch_twin
+from palettax.torch import from_flax
 
 TARGET = "iOS18"
 FLATTENED = {"dense1": FEATURE_MAP}
 PER_TENSOR, GROUPED = "tensor", "16 channels"
+JAX, TORCH = "jax", "torch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +32,9 @@ class Row:
     Attributes:
         name: of the package, without its suffix.
         family: which granularity.
+        route: what it was converted from: "jax", or "torch".
         nbits: bits per index; None for the float16 package.
-        accuracy: on held-out digits, of the weights as they were read back from the package.
+        accuracy: of the saved package, run on held-out digits.
         nbytes: of the whole package.
         ratio: of those bytes to the float16 package's.
         identical: whether every lut and index in the package is the one computed; None where there are none.
@@ -39,6 +42,7 @@ class Row:
 
     name: str
     family: str
+    route: str
     nbits: int | None
     accuracy: float
     nbytes: int
@@ -53,6 +57,7 @@ class Recipe:
     family: str
     nbits: int
     transform: px.PaletteTransformation
+    route: str = JAX
 
 
 def recipes() -> dict[str, Recipe]:
@@ -63,6 +68,7 @@ def recipes() -> dict[str, Recipe]:
         # The last layer has 10 output channels, which 16 does not divide: it keeps one table.
         rules = [("dense2", px.kmeans(b)), ("", px.kmeans(b, granularity=groups))]
         found[f"{b}bit-grouped"] = Recipe(GROUPED, b, px.by_path(rules))
+    found["4bit-by-torch"] = Recipe(PER_TENSOR, 4, px.kmeans(4), TORCH)
     return found
 
 
@@ -76,41 +82,61 @@ def run_recipes(model: DigitNet, digits: Digits, folder: Path, chosen: Mapping[s
         chosen: the recipes, by the name of the package.
     """
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    dense = nnx.to_pure_dict(params)
-    statistics = from_flax(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
-    def score(tree: Any) -> float:
-        nnx.replace_by_pure_dict(params, tree)
-        return accuracy(nnx.merge(graph, params, rest), digits.test_images, digits.test_labels)
+    def write(name: str, weights: Any, route: str) -> tuple[Path, Any]:
+        """The package, and the weights by the names that they have in it."""
+        if route == JAX:
+            mlmodel = from_jax(
+                nnx.merge(graph, weights, rest), np.zeros((1, 28, 28, 1), np.float32), minimum_deployment_target=TARGET
+            )
+        else:
+            weights = from_flax(nnx.to_pure_dict(weights), flattened=FLATTENED)
+            leaves = weights | from_flax(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+            image = torch.zeros(1, 1, 28, 28)
+            mlmodel = from_torch(torch_twin(), image, leaves, minimum_deployment_target=TARGET)
+        return save_package(mlmodel, folder / f"{name}.mlpackage"), weights
 
-    def write(name: str, leaves: dict[str, Any]) -> Path:
-        image = torch.zeros(1, 1, 28, 28)
-        mlmodel = from_torch(torch_twin(), image, leaves | statistics, minimum_deployment_target=TARGET)
-        return save_package(mlmodel, folder / f"{name}.mlpackage")
+    def score(path: Path, route: str) -> float:
+        images = digits.test_images if route == JAX else digits.test_images.transpose(0, 3, 1, 2)
+        return package_accuracy(path, images, digits.test_labels)
 
-    whole = package_bytes(write("float16", from_flax(dense, flattened=FLATTENED)))
-    yield Row("float16", "", None, score(dense), whole, 1.0, None)
+    path, _ = write("float16", params, JAX)
+    whole = package_bytes(path)
+    yield Row("float16", "", JAX, None, score(path, JAX), whole, 1.0, None)
     for name, recipe in chosen.items():
-        leaves = from_flax(px.palettize(dense, recipe.transform), flattened=FLATTENED)
-        path = write(name, leaves)
-        comparison = audit(path, leaves)
-        from_disk = leaves | {n: leaf.depalettize().astype(np.float32) for n, leaf in read_palettes(path).items()}
-        size = package_bytes(path)
-        scored = score(to_flax(from_disk, dense, flattened=FLATTENED))
-        yield Row(name, recipe.family, recipe.nbits, scored, size, size / whole, comparison.identical)
+        path, small = write(name, px.palettize(params, recipe.transform), recipe.route)
+        size, same = package_bytes(path), audit(path, small).identical
+        yield Row(name, recipe.family, recipe.route, recipe.nbits, score(path, recipe.route), size, size / whole, same)
+
+
+def package_accuracy(path: Path, images: np.ndarray, labels: np.ndarray) -> float:
+    """The share of images to whose label a saved package gives the largest output.
+
+    Args:
+        path: of a package with one input, a single image, and one output.
+        images: one after the other, as it takes them.
+        labels: of the images.
+    """
+    mlmodel = open_model(path)
+    evaluate, (feature,) = as_function(mlmodel), mlmodel.get_spec().description.input
+    hits = [
+        int(next(iter(evaluate({feature.name: x[None]}).values())).argmax()) == y
+        for x, y in zip(images, labels, strict=True)
+    ]
+    return float(np.mean(hits))
 
 
 def markdown(rows: list[Row]) -> str:
     """The rows as a table."""
     lines = [
-        "| package | bits | lut per | accuracy | bytes | of float16 | lut and indices identical |",
-        "|---|---|---|---|---|---|---|",
+        "| package | from | bits | lut per | accuracy | bytes | of float16 | lut and indices identical |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         identical = {True: "yes", False: "no", None: ""}[row.identical]
         lines.append(
-            f"| {row.name} | {row.nbits or 16} | {row.family} | {row.accuracy:.1%} | {row.nbytes:,} | {row.ratio:.3f} "
-            f"| {identical} |"
+            f"| {row.name} | {row.route} | {row.nbits or 16} | {row.family} | {row.accuracy:.1%} | {row.nbytes:,} "
+            f"| {row.ratio:.3f} | {identical} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -154,7 +180,7 @@ def _draw_accuracy(rows: list[Row], path: Path) -> None:
     baseline, *small = rows
     families = {
         f"one lut per {family}": [
-            (row.nbytes, row.accuracy, f"{row.nbits} bit") for row in small if row.family == family
+            (row.nbytes, row.accuracy, f"{row.nbits} bit") for row in small if (row.family, row.route) == (family, JAX)
         ]
         for family in (PER_TENSOR, GROUPED)
     }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -18,11 +19,13 @@ from palettax.leaf import dense
 from palettax.leaf.blocks import join_vectors
 from palettax.leaf.invariants import check_mask, check_scale, check_tables, has_values, indices_stored
 from palettax.leaf.packing import packed_size
+from palettax.leaf.reshaping import axis_of_vectors, reshape_blocks
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("lut", "indices", "scale", "mask", "kept"),
+    # Linen compares the shape of the first one with the weight's.
+    data_fields=("indices", "lut", "scale", "mask", "kept"),
     meta_fields=("nbits", "vector_axis", "dtype"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +204,57 @@ class PalettizedArray:
             kept=self._moved_kept(lambda places: places.take(order, axis=axis)),
         )
 
+    def reshape(self, *shape: Any) -> PalettizedArray:
+        """The weight in another shape; nothing is clustered again, and a table is repeated where its group is cut.
+
+        `depalettize(x.reshape(*shape)) == depalettize(x).reshape(*shape)`.
+
+        Args:
+            shape: of the same number of weights, as numbers or as one sequence of them; one may be -1, as in NumPy.
+
+        Raises:
+            ValueError: another number of weights, or vectors that the new shape would tear apart.
+        """
+        new = np.broadcast_to(np.int8(0), self.shape).reshape(shape[0] if len(shape) == 1 else shape).shape
+        size, axis = self.vector_size, self.vector_axis
+        places = list(new)
+        if axis is not None:
+            axis = axis_of_vectors(self.shape, axis, size, new)
+            places[axis] //= size
+        return dataclasses.replace(
+            self,
+            lut=reshape_blocks(self.lut, self.indices.shape, tuple(places)),
+            indices=self.indices.reshape(places),
+            scale=None if self.scale is None else reshape_blocks(self.scale, self.shape, new),
+            vector_axis=axis,
+            mask=None if self.mask is None else self.mask.reshape(new),
+        )
+
+    def __jax_array__(self) -> jax.Array:
+        """The dense weight, wherever JAX wants an array: a layer computes with it as with any other."""
+        return jnp.asarray(AS_ARRAY.get()(self))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """The dense weight in NumPy."""
+        return np.array(self.depalettize(), dtype=dtype)
+
+    def __getitem__(self, key: Any) -> jax.Array:
+        """Elements of the dense weight."""
+        return jnp.asarray(self)[key]
+
+    def __len__(self) -> int:
+        """The length of the first axis."""
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        """The rows of the dense weight."""
+        return iter(jnp.asarray(self))
+
+    @property
+    def T(self) -> PalettizedArray:
+        """The transpose, still palettized."""
+        return self.transpose()
+
     def _moved_kept(self, move: Callable[[np.ndarray], np.ndarray]) -> Array | None:
         """The kept values in their new order, when `move` is what becomes of the weights."""
         if self.kept is None or self.mask is None:
@@ -209,6 +263,10 @@ class PalettizedArray:
             raise ValueError("kept values cannot be put in order while the mask is traced; move the leaf outside jit")
         mask = np.asarray(self.mask)
         return self.kept[dense.kept_order(mask, move(np.arange(mask.size).reshape(mask.shape)))]
+
+
+AS_ARRAY: ContextVar[Callable[[PalettizedArray], Array]] = ContextVar("as_array", default=PalettizedArray.depalettize)
+"""What JAX computes with in the place of a palettized weight; a conversion puts an op of its own here."""
 
 
 def is_palettized(leaf: Any) -> bool:

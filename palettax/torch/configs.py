@@ -10,14 +10,14 @@ from typing import Annotated, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 
-from palettax.torch.keys import Configuration, integer, mapping, warn_caller
+from palettax._keys import Configuration, integer, mapping, warn_caller
+from palettax._names import nearest, owner_and_attribute
 from palettax.torch.module_configs import (
     ModuleDKMPalettizerConfig,
     ModulePalettizerConfig,
     ModulePostTrainingPalettizerConfig,
     ModuleSKMPalettizerConfig,
 )
-from palettax.torch.names import nearest, owner_and_attribute
 
 M = TypeVar("M", bound=ModulePalettizerConfig)
 P = TypeVar("P", bound="PalettizerConfig")

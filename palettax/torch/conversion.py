@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Shaped, UInt8
 
-from palettax._extras import require
+from palettax._extras import replaced, require
 from palettax._typing import NBITS
 from palettax.torch.match import match_indices
 
@@ -65,23 +65,6 @@ def casts_of_length_one() -> Iterator[None]:
 
     with replaced(ops, "_cast", cast):
         yield
-
-
-@contextlib.contextmanager
-def replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
-    """Another value for a name in a module, until the block ends.
-
-    Args:
-        module: the module.
-        name: of something in it.
-        value: what to put there.
-    """
-    original = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)
 
 
 def _coremltools(module: str) -> ModuleType:

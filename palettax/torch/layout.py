@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from palettax._names import nearest, owner_and_attribute
 from palettax._paths import leaf_names
 from palettax._typing import Tree
 from palettax.leaf import is_palettized
-from palettax.torch.names import nearest, owner_and_attribute
 
 Flattened = Mapping[str, tuple[int, ...]]
 _RENAMED = {"scale": "weight", "embedding": "weight", "mean": "running_mean", "var": "running_var"}

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from palettax._names import flatten_names, nearest, owner_and_attribute
 from palettax.leaf import PalettizedArray, as_numpy, depalettize, is_palettized
-from palettax.torch.names import flatten_names, nearest, owner_and_attribute
-from palettax.torch.plain import check_plain
+from palettax.leaf.plain import check_plain
 from palettax.torch.state_dict import VERSION, metadata, metadata_prefix, metadata_version, own_tensors, to_params
 from palettax.torch.tensors import numpy_dtype, to_numpy, to_tensor
 

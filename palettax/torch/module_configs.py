@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 import torch
 
-from palettax._typing import NBITS
-from palettax.torch.keys import (
+from palettax._keys import (
     Check,
     Configuration,
     Number,
@@ -24,6 +23,7 @@ from palettax.torch.keys import (
     permutation,
     text,
 )
+from palettax._typing import NBITS
 
 _SPELLINGS = {
     **dict.fromkeys(("int8", "i8", "qint8"), "int8"),

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from palettax._keys import warn_caller
+from palettax._names import owner_and_attribute
 from palettax.leaf import Granularity
 from palettax.torch.configs import PalettizerConfig
-from palettax.torch.keys import warn_caller
 from palettax.torch.load import names_by_tensor
-from palettax.torch.names import owner_and_attribute
 from palettax.torch.state_dict import PRUNED, metadata_prefix
 
 _WITH_WEIGHT = (

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from palettax._files import replacing
+from palettax._keys import warn_caller
+from palettax._names import nearest
 from palettax._progress import progress_bar
 from palettax.leaf import PalettizedArray
 from palettax.palettize import palettize
 from palettax.report import Report, report
 from palettax.torch.configs import PalettizerConfig, PostTrainingPalettizerConfig, SKMPalettizerConfig, checked_config
 from palettax.torch.fisher import fisher_diagonal
-from palettax.torch.keys import warn_caller
 from palettax.torch.load import load_into
-from palettax.torch.names import nearest
 from palettax.torch.parameters import Parameter, checked_model, parameters_of
 from palettax.torch.recipe import recipe_of
 from palettax.torch.state_dict import own_tensors, to_params

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from palettax._names import flatten_names, owner_and_attribute
 from palettax._typing import NBITS
 from palettax.clustering.levels import ZERO_LEVEL
 from palettax.leaf import (
@@ -24,9 +25,8 @@ from palettax.leaf import (
     table_scale,
     tables_per_scale,
 )
+from palettax.leaf.plain import broadcasts, check_plain
 from palettax.torch.match import match_indices
-from palettax.torch.names import flatten_names, owner_and_attribute
-from palettax.torch.plain import broadcasts, check_plain
 from palettax.torch.tensors import to_numpy, to_tensor
 
 VERSION = "_COREML_/metadata_version"

@@ -6,12 +6,12 @@ import copy
 
 import torch
 
+from palettax._keys import warn_caller
 from palettax.report import Report, report
 from palettax.torch.activations import fix_output_ranges, quantize_output
 from palettax.torch.attach import attach, detach, palettes_of
 from palettax.torch.configs import DKMPalettizerConfig, checked_config
 from palettax.torch.differentiable import Palettized
-from palettax.torch.keys import warn_caller
 from palettax.torch.load import load_into
 from palettax.torch.parameters import Parameter, checked_model, parameters_of
 from palettax.torch.recipe import trained_recipe_of

@@ -12,6 +12,8 @@ from palettax.clustering.vectors import fit_group, kmeans_vectors
 from tests.tables import DTYPES, KINDS, data, sensitivities
 
 KEY = jax.random.key(0)
+FEW, MANY = (2, 300, 2), (1, 20000, 2)
+"""Shapes that tests share: every shape, and every number of entries, is compiled anew."""
 
 
 def vectors_of(kind, groups, m, d, seed=0):
@@ -85,18 +87,18 @@ def test_no_worse_than_scikit_learn(m, d, k):
 
 
 def test_few_heavy_vectors_of_many_are_not_missed():
-    vectors = vectors_of("normal", 1, 20000, 2)
+    vectors = vectors_of("normal", *MANY)
     vectors[0, [5, 900]] += [[3e4, 0], [0, -3e4]]
-    fit = kmeans_vectors(vectors, 4, None, KEY)
-    plain = KMeans(4, n_init=10, random_state=0).fit(vectors[0])
+    fit = kmeans_vectors(vectors, 16, None, KEY)
+    plain = KMeans(16, n_init=10, random_state=0).fit(vectors[0])
     assert float(fit.inertia[0]) <= 1.01 * plain.inertia_
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_indices_are_nearest_and_inertia_is_theirs(kind, weighted):
-    vectors = vectors_of(kind, 2, 300, 2)
-    sensitivity = weights_of(2, 300, 2) if weighted else None
+    vectors = vectors_of(kind, *FEW)
+    sensitivity = weights_of(*FEW) if weighted else None
     fit = kmeans_vectors(vectors, 8, sensitivity, KEY)
     for g in range(2):
         mass = None if sensitivity is None else sensitivity[g]
@@ -125,7 +127,7 @@ def test_few_distinct_vectors_come_back_bit_for_bit(m, weighted):
     of[m // 2] = 3  # too rare for a sample to hold
     vectors = rows[of][None]
     sensitivity = weights_of(1, m, 2) if weighted else None
-    for k in (4, 16):
+    for k in (4, 16) if m == 40 else (16,):
         fit = kmeans_vectors(vectors, k, sensitivity, KEY)
         np.testing.assert_array_equal(np.asarray(fit.lut[0])[np.asarray(fit.indices[0])], vectors[0])
         np.testing.assert_array_equal(fit.lut[0, 4:], np.broadcast_to(rows[1], (k - 4, 2)))
@@ -141,7 +143,7 @@ def test_more_entries_than_vectors():
 
 def test_no_entry_is_left_unused_while_there_is_error():
     # Twenty far points and a crowd of equal ones: a start drawn from the crowd leaves cells empty.
-    vectors = np.zeros((1, 2000, 2), np.float32)
+    vectors = np.zeros((1, 3000, 2), np.float32)
     vectors[0, :20] = 50 + vectors_of("normal", 1, 20, 2)[0]
     fit = kmeans_vectors(vectors, 16, None, KEY)
     assert len(np.unique(fit.indices)) == 16
@@ -149,7 +151,7 @@ def test_no_entry_is_left_unused_while_there_is_error():
 
 
 def test_a_coordinate_without_weight_is_free():
-    vectors = vectors_of("normal", 1, 400, 2)
+    vectors = vectors_of("normal", *FEW)
     sensitivity = np.ones_like(vectors)
     sensitivity[..., 1] = 0
     both = kmeans_vectors(vectors, 4, sensitivity, KEY)
@@ -159,7 +161,7 @@ def test_a_coordinate_without_weight_is_free():
 
 
 def test_no_sensitivity_anywhere_in_a_group_counts_as_one():
-    vectors = vectors_of("normal", 2, 300, 2)
+    vectors = vectors_of("normal", *FEW)
     sensitivity = np.stack([np.zeros((300, 2), np.float32), np.full((300, 2), 2, np.float32)])
     zero, plain = kmeans_vectors(vectors, 4, sensitivity, KEY), kmeans_vectors(vectors, 4, None, KEY)
     np.testing.assert_allclose(zero.inertia, plain.inertia * np.array([1, 2]), rtol=1e-5)
@@ -167,10 +169,11 @@ def test_no_sensitivity_anywhere_in_a_group_counts_as_one():
 
 
 def test_vectors_without_sensitivity_go_to_the_plainly_nearest_entry():
-    vectors, sensitivity = vectors_of("normal", 1, 300, 2), np.ones((1, 300, 2), np.float32)
-    sensitivity[0, ::3] = 0
+    vectors, sensitivity = vectors_of("normal", *FEW), np.ones(FEW, np.float32)
+    sensitivity[:, ::3] = 0
     fit = kmeans_vectors(vectors, 8, sensitivity, KEY)
-    np.testing.assert_array_equal(fit.indices[0], errors_to(vectors[0], fit.lut[0]).argmin(1))
+    for group, lut, indices in zip(vectors, fit.lut, fit.indices, strict=True):
+        np.testing.assert_array_equal(indices, errors_to(group, lut).argmin(1))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -186,16 +189,16 @@ def test_a_group_that_is_not_finite_is_flagged_alone(bad):
 
 
 def test_a_sensitivity_that_is_no_mass_is_flagged():
-    sensitivity = np.ones((2, 50, 2), np.float32)
+    sensitivity = np.ones(FEW, np.float32)
     sensitivity[1, 3] = -1
-    assert kmeans_vectors(vectors_of("normal", 2, 50, 2), 4, sensitivity, KEY).converged.tolist() == [True, False]
+    assert kmeans_vectors(vectors_of("normal", *FEW), 4, sensitivity, KEY).converged.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("power", [-60, -20, 13])
 def test_scaling_by_powers_of_two_scales_the_lut_exactly(power, weighted):
-    vectors = vectors_of("normal", 1, 500, 2)
-    sensitivity = weights_of(1, 500, 2) if weighted else None
+    vectors = vectors_of("normal", *FEW)
+    sensitivity = weights_of(*FEW) if weighted else None
     plain = kmeans_vectors(vectors, 8, sensitivity, KEY)
     factor = np.float32(2.0**power)
     scaled = kmeans_vectors(vectors * factor, 8, sensitivity, KEY)
@@ -218,7 +221,7 @@ def test_groups_are_a_loop_over_groups(groups, m):
 
 
 def test_a_key_determines_the_fit():
-    vectors = vectors_of("normal", 1, 20000, 2)
+    vectors = vectors_of("normal", *MANY)
     a, b, c = (kmeans_vectors(vectors, 16, None, jax.random.key(seed), max_steps=3) for seed in (1, 1, 2))
     for x, y in zip(a, b, strict=True):
         np.testing.assert_array_equal(x, y)
@@ -227,8 +230,8 @@ def test_a_key_determines_the_fit():
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_inertia_descends(weighted):
-    vectors = vectors_of("normal", 1, 10000, 2)
-    sensitivity = weights_of(1, 10000, 2) if weighted else None
+    vectors = vectors_of("normal", *MANY)
+    sensitivity = weights_of(*MANY) if weighted else None
     fits = [kmeans_vectors(vectors, 16, sensitivity, KEY, max_steps=n, tol=0.0) for n in (0, 1, 2, 3, 5, 8, 1000)]
     inertias = [float(f.inertia[0]) for f in fits]
     assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(inertias))
@@ -237,7 +240,7 @@ def test_inertia_descends(weighted):
 
 
 def test_entries_are_the_means_of_their_cells_once_converged():
-    vectors, sensitivity = vectors_of("normal", 1, 500, 2), weights_of(1, 500, 2)
+    vectors, sensitivity = vectors_of("normal", *FEW), weights_of(*FEW)
     fit = kmeans_vectors(vectors, 8, sensitivity, KEY, tol=0.0, max_steps=1000)
     assert bool(fit.converged[0])
     for j in range(8):
@@ -247,7 +250,7 @@ def test_entries_are_the_means_of_their_cells_once_converged():
 
 
 def test_jit_vmap_and_eager_agree():
-    vectors, sensitivity = jnp.asarray(vectors_of("normal", 4, 200, 2)), jnp.asarray(weights_of(4, 200, 2))
+    vectors, sensitivity = jnp.asarray(vectors_of("normal", *FEW)), jnp.asarray(weights_of(*FEW))
 
     def fit(v, s):
         return kmeans_vectors(v, 4, s, KEY)
@@ -256,7 +259,7 @@ def test_jit_vmap_and_eager_agree():
     for a, b in zip(jax.jit(fit)(vectors, sensitivity), eager, strict=True):
         np.testing.assert_array_equal(a, b)
     batched = jax.vmap(fit)(vectors[:, None], sensitivity[:, None])
-    for g in range(4):
+    for g in range(2):
         single = fit(vectors[g : g + 1], sensitivity[g : g + 1])
         np.testing.assert_allclose(batched.inertia[g], single.inertia, rtol=1e-4)
         np.testing.assert_allclose(batched.lut[g], single.lut, rtol=1e-3, atol=1e-4)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import palettax as px
 import palettax.coreml
 from palettax.leaf import is_palettized
+from palettax.leaf.blocks import split_vectors
 from tests.leaves import assert_same, assert_same_bits, forms, random_leaf, with_levels, with_mask
 from tests.tables import DTYPES
 
@@ -200,6 +201,77 @@ def test_take_reorders_or_refuses_to_tear(form, legal):
 def test_take_says_what_is_wrong(name, order, axis, message):
     with pytest.raises(ValueError, match=message):
         LEAVES[name].take(order, axis)
+
+
+def factorizations(n):
+    """Every shape of n elements without axes of length 1, if n is not 1 itself."""
+    shapes = [(n,)]
+    shapes += [(d, *rest) for d in range(2, n) if n % d == 0 for rest in factorizations(n // d)]
+    return shapes
+
+
+def lie_in_line(small, shape):
+    """Whether the elements of every vector of a weight are neighbours on one axis, and on whole places of it."""
+    where = split_vectors(np.arange(small.size).reshape(small.shape), small.vector_axis, small.vector_size)
+    places = np.stack(np.unravel_index(where.reshape(-1, small.vector_size), shape))
+    steps = np.diff(places, axis=2)
+    on_axis = [axis for axis in range(len(shape)) if (steps[axis] == 1).all() and shape[axis] % small.vector_size == 0]
+    return any(not np.delete(steps, axis, axis=0).any() for axis in on_axis)
+
+
+@given(forms(), st.data())
+def test_reshape_keeps_the_weight_or_refuses_to_tear_vectors(form, data):
+    small = random_leaf(**form)
+    shape = data.draw(st.sampled_from(factorizations(small.size)).flatmap(lambda s: st.sampled_from([s, (1, *s)])))
+    if small.vector_axis is not None and not lie_in_line(small, shape):
+        with pytest.raises(ValueError, match="tear"):
+            small.reshape(*shape)
+        return
+    other = small.reshape(*shape).validate()
+    assert other.shape == shape
+    assert_same_bits(other.depalettize(), small.depalettize().reshape(shape))
+    assert_same_bits(other.reshape(small.shape).depalettize(), small.depalettize())
+
+
+@pytest.mark.parametrize(
+    ("groups", "shape", "new", "expected"),
+    [
+        ((1, 4), (6, 8), (48,), (24,)),  # a table of columns is read again in every row
+        ((3, 1), (6, 8), (48,), (3,)),
+        ((1, 4), (6, 8), (2, 3, 8), (1, 1, 4)),
+        ((1, 4), (6, 8), (6, 2, 4), (1, 2, 2)),
+        ((2, 2), (4, 4), (1, 4, 4, 1), (1, 2, 2, 1)),
+    ],
+)
+def test_reshape_needs_no_more_tables_than_it_must(groups, shape, new, expected):
+    small = random_leaf(shape, groups=groups)
+    assert small.reshape(new).groups == expected
+    assert small.reshape(-1).reshape(new).shape == new
+
+
+def test_a_layer_computes_with_it_as_with_an_array():
+    small = random_leaf((6, 4), 3, groups=(3, 1), scale=(1, 4))
+    dense, x = jnp.asarray(small.depalettize()), jnp.arange(12.0).reshape(2, 6)
+    expected = x @ dense
+    assert_same_bits(np.asarray(x @ small), np.asarray(expected))
+    assert_same_bits(np.asarray(jnp.dot(x, small)), np.asarray(expected))
+    assert_same_bits(np.asarray(small[1:, 0]), np.asarray(dense[1:, 0]))
+    assert_same_bits(np.stack(list(small)), np.asarray(dense))
+    assert_same_bits(np.asarray(small), np.asarray(dense))
+    assert_same_bits(np.asarray(small.T), np.asarray(dense.T))
+    assert len(small) == 6
+    np.testing.assert_allclose(jax.jit(jnp.matmul)(x, small), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(lambda row: row @ small)(x), expected, rtol=1e-6)
+    two = jax.tree.map(lambda a: jnp.stack([a, a]), jax.tree.map(jnp.asarray, small))
+    scanned = jax.lax.scan(lambda carry, layer: (carry, x @ layer), 0, two)[1]
+    np.testing.assert_allclose(scanned, [expected, expected], rtol=1e-6)
+
+
+def test_a_layer_has_a_gradient_in_the_lut():
+    small, x = random_leaf((6, 4), 1), jnp.arange(6.0)
+    gradient = jax.grad(lambda lut: (x @ dataclasses.replace(small, lut=lut)).sum())(jnp.asarray(small.lut))
+    sums = [x @ (small.indices == entry).sum(axis=1) for entry in range(2)]
+    np.testing.assert_allclose(gradient.reshape(-1), sums, rtol=1e-6)
 
 
 @leaves

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_origin, get_type_hints
 
 import numpy as np
-import torch
 
 from palettax._extras import require
-from palettax.torch.names import nearest
+from palettax._names import nearest
 
 Check = Callable[[Any], Any]
 """Gives a value in the type that its key has, or raises a ValueError that says what to use."""
@@ -75,7 +74,7 @@ class Configuration:
         Raises:
             ValueError: no YAML, or what `from_dict` refuses.
         """
-        yaml = require("yaml", "torch")
+        yaml = require("yaml", "coreml")
         if isinstance(yml, os.PathLike) or (isinstance(yml, str) and not _is_yaml(yml)):
             yml = Path(yml).read_text()
         try:
@@ -231,4 +230,4 @@ def _plain(value: Any) -> Any:
         return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+    return str(value).removeprefix("torch.") if type(value).__module__ == "torch" else value
