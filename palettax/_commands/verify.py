@@ -58,7 +58,8 @@ def verify(
 ) -> None:
     """Compare bit for bit what is not palettized, and check every table against its weights.
 
-    With --inputs, compare what two packages compute too; they run here, not by Core ML.
+    A package is compared with the one that it was compressed from: two conversions of a model differ in their ops. With
+    --inputs, what the two compute is compared too; they run here, not by Core ML.
 
     Exit code 0: all is in order. 1: something differs, and the output names it. 2: there was nothing to compare.
     """
@@ -86,11 +87,11 @@ def verify(
         columns = {"palettized": "left", "SQNR": "right", "not nearest": "right", "form": "left"}
         cells = [(row.name, sqnr_text(row.sqnr), f"{row.misplaced:,}", row.form) for row in verdict.palettized]
         print_table(columns, cells)
+        say(*(f"{name}: {problem}" for name, problem in verdict.problems))
+        tables = f"{len(verdict.palettized)} palettized, {verdict.identical} others identical"
         if verdict.outputs:
             columns = {"output": "left", "SQNR": "right", "largest difference": "right"}
             print_table(columns, [(row.name, sqnr_text(row.sqnr), f"{row.error:.2%}") for row in verdict.outputs])
-        say(*(f"{name}: {problem}" for name, problem in verdict.problems))
-        tables = f"{len(verdict.palettized)} palettized, {verdict.identical} others identical"
         say(f"{tables}: all is in order" if ok else f"{tables}, NOT in order: {len(verdict.problems)}")
     if not ok:
         raise typer.Exit(DIFFERENT)

@@ -62,7 +62,8 @@ def from_jax(
 
     Returns:
         The model. Its metadata say which op is which leaf, and how the program has it transposed, reshaped or reversed,
-        for `read_palettes` and `audit`.
+        for `read_palettes` and `audit`. Inputs have the names of the function's parameters (`input_0` for the first of
+        *args), with the keys of a tree behind; outputs are `output`, of a tuple `output_0` and on, of a dict its keys.
 
     Raises:
         ValueError: a target before iOS18, a palettized weight that a function which holds it uses in a loop, or an op
