@@ -16,7 +16,7 @@ import palettax as px
 ROOT = Path(px.__file__).parent
 # A module imports only from the levels above its own, or from its own package.
 LEVELS = [
-    {"_typing", "_paths", "_names", "_extras", "_files", "_progress"},
+    {"_typing", "_paths", "_names", "_extras", "_replaced", "_files", "_progress"},
     {"_keys"},
     {"_running"},
     {"clustering"},

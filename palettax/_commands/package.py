@@ -14,10 +14,11 @@ from palettax.coreml.constexpr import value_of
 from palettax.coreml.evaluate import run
 from palettax.coreml.package import Op, load_program, op_name, open_model, operations_of, read_names
 from palettax.coreml.read import table_name
-from palettax.coreml.read_table import lookup_of, read_table
+from palettax.coreml.read_table import decompresses, lookup_of, read_table
 from palettax.coreml.scoped import quiet
-from palettax.coreml.weights import compressed_row, decompresses, is_constant, is_part, weights_of
+from palettax.coreml.weights import compressed_row, is_constant, is_part, weights_of
 from palettax.leaf import PalettizedArray, same_bits
+from palettax.report import report
 
 Leaf = PalettizedArray | np.ndarray
 
@@ -149,13 +150,12 @@ def _output(name: str, found: Any, expected: Any) -> Output:
     if isinstance(expected, str | int):  # the label of a classifier
         return Output(name, math.inf if found == expected else -math.inf, float(found != expected), True)
     one, other = (np.asarray(list(v.values()) if isinstance(v, dict) else v, np.float64) for v in (found, expected))
-    if one.shape != other.shape or not np.isfinite(one[np.isfinite(other)]).all():
-        return Output(name, -math.inf, math.inf, False)
     finite = np.isfinite(other)
+    if one.shape != other.shape or not np.isfinite(one[finite]).all():
+        return Output(name, -math.inf, math.inf, False)
+    sqnr = report({name: other}, {name: one})[name].sqnr
     one, other = one[finite], other[finite]
     error, spread = abs(one - other).max(initial=0), np.ptp(other) if other.size else 0
-    noise = ((one - other) ** 2).sum()
-    sqnr = 10 * math.log10((other**2).sum() / noise) if noise and other.any() else math.inf if not noise else -math.inf
     return Output(name, sqnr, float(error / (spread or abs(other).max(initial=0) or 1)), True)
 
 

@@ -22,7 +22,8 @@ from palettax.coreml.forms import in_package, target_of
 from palettax.coreml.moves import moved
 from palettax.coreml.package import op_name, open_model, operations
 from palettax.coreml.read import Noted, noted_palettes
-from palettax.coreml.weights import decompresses, is_weight
+from palettax.coreml.read_table import decompresses
+from palettax.coreml.weights import is_weight
 from palettax.leaf import PalettizedArray, has_levels, is_palettized, same_bits
 from palettax.leaf.plain import check_plain
 

@@ -11,8 +11,9 @@ from coremltools.converters.mil.mil import Builder
 from palettax.coreml.constexpr import value_of
 from palettax.coreml.inject import replace_op
 from palettax.coreml.package import load_program, open_model, rebuild
+from palettax.coreml.read_table import decompresses
 from palettax.coreml.scoped import quiet
-from palettax.coreml.weights import decompresses, weights_of
+from palettax.coreml.weights import weights_of
 
 mb: Any = Builder
 

@@ -45,7 +45,8 @@ def _fold(block: Any, moves: dict[str, list[Move]]) -> None:
 
 def _fold_one(op: Op, moves: dict[str, list[Move]]) -> Any:
     """Do to the table that an op makes what all who read its weight do first; None where there is no such thing."""
-    if not op.op_type.startswith("constexpr_") or (lookup := lookup_of(op)) is None:
+    lookup = lookup_of(op)
+    if lookup is None:
         return None
     weight = op.outputs[-1]
     readers = weight.child_ops

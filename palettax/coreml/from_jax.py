@@ -177,8 +177,12 @@ def _held(function: Any) -> Iterator[Any]:
         variables = inspect.getclosurevars(plain)
         found += [*variables.nonlocals.values(), *variables.globals.values()]
     for value in found:
-        opaque = jax.tree_util.all_leaves([value]) and not is_palettized(value)
-        yield dict(vars(value)) if opaque and hasattr(value, "__dict__") else value
+        if inspect.ismodule(value):
+            continue
+        if hasattr(value, "__dict__") and jax.tree_util.all_leaves([value]):  # an object that is no tree
+            yield from ({name: own} for name, own in vars(value).items())
+        else:
+            yield value
 
 
 def _flat(function: Callable[..., Any], params: Tree, inputs: tuple[Any, ...]) -> _Flat:

@@ -9,7 +9,7 @@ from typing import Any
 
 from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
 
-from palettax._extras import replaced
+from palettax._replaced import replaced
 from palettax.coreml.package import Op
 
 
@@ -21,16 +21,14 @@ def mended() -> Iterator[None]:
             owner = type(PASS_REGISTRY[f"common::{name}"])
             stack.enter_context(replaced(owner, method, _guarded(vars(owner)[method], fails_at)))
         owner: Any = type(PASS_REGISTRY["common::const_deduplication"])
-        find = owner.find_constexprs
-        stack.enter_context(
-            replaced(owner, "find_constexprs", staticmethod(lambda blocks: _of_one_result(find(blocks))))
-        )
+        equal = staticmethod(functools.partial(_equal_ops, owner.find_constexprs))
+        stack.enter_context(replaced(owner, "find_constexprs", equal))
         yield
 
 
-def _of_one_result(found: dict[Any, Any]) -> dict[Any, Any]:
-    """Equal ops without those of two results, of which one would be merged and the other left without its op."""
-    return {var: others for var, others in found.items() if len(var.op.outputs) == 1}
+def _equal_ops(find: Callable[..., dict[Any, Any]], blocks: Any) -> dict[Any, Any]:
+    """Ops to merge, without those of two results, of which one would be merged and the other left without its op."""
+    return {var: others for var, others in find(blocks).items() if len(var.op.outputs) == 1}
 
 
 def _has_a_table(conv: Op, *_: Any) -> bool:
@@ -44,7 +42,7 @@ def _subtracts_what_others_read(_: Op, add: Op) -> bool:
 
 
 def _subtracts_the_product(_: Op, add: Op, *__: Any) -> bool:
-    """C - x·w becomes x·w - c."""
+    """A constant less a product becomes the product less the constant."""
     return add.op_type == "sub" and add.x.val is not None
 
 

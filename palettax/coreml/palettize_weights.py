@@ -20,12 +20,12 @@ from palettax.coreml.config import OpPalettizerConfig, OptimizationConfig
 from palettax.coreml.forms import check_forms, in_package
 from palettax.coreml.inject import replace_weight
 from palettax.coreml.package import Op, load_program, open_model, operations_of, rebuild
+from palettax.coreml.read_table import decompresses
 from palettax.coreml.recipe import in_bits_of, transform_of, unfit
 from palettax.coreml.scoped import quiet
 from palettax.coreml.weights import (
     Numbers,
     compressed_row,
-    decompresses,
     is_weight,
     named_weights,
     numbers_of,

@@ -33,6 +33,11 @@ class Scaling:
     fills_zeros: bool = False
 
 
+def decompresses(op: Op) -> bool:
+    """Whether an op makes a constant from smaller ones when a model is loaded."""
+    return op.op_type.startswith("constexpr_")
+
+
 def lookup_of(op: Op) -> Op | None:
     """The op that looks up a weight in its table: this one, or one before it in a chain that decompresses the weight.
 
@@ -44,7 +49,7 @@ def lookup_of(op: Op) -> Op | None:
     """
     if op.op_type in LOOKUPS:
         return op
-    if not op.op_type.startswith("constexpr_"):
+    if not decompresses(op):
         return None
     makers = (var.op for var in op.inputs.values() if getattr(var, "op", None) is not None)
     return next(filter(None, map(lookup_of, makers)), None)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from coremltools.converters.mil.mil.passes import pass_pipeline
 
-from palettax._extras import replaced
+from palettax._replaced import replaced
 from palettax.coreml.mended import mended
 
 _TORCH_OPS = "coremltools.converters.mil.frontend.torch.ops"

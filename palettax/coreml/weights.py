@@ -12,7 +12,7 @@ import numpy as np
 from coremltools.converters.mil.mil import Program, types
 
 from palettax.coreml.package import Op, operations_of
-from palettax.coreml.read_table import SCALE, SPARSE_SCALE, TO_DENSE, plain
+from palettax.coreml.read_table import SCALE, SPARSE_SCALE, TO_DENSE, decompresses, plain
 from palettax.leaf import spread
 from palettax.report import LeafReport
 
@@ -66,11 +66,6 @@ def named_weights(program: Program) -> Iterator[tuple[str, Op]]:
         name = op.name if op.name not in taken else f"{function}.{op.name}"
         taken.add(name)
         yield name, op
-
-
-def decompresses(op: Op) -> bool:
-    """Whether an op makes a constant from smaller ones when a model is loaded."""
-    return op.op_type.startswith("constexpr_")
 
 
 def is_constant(op: Op) -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Shaped, UInt8
 
-from palettax._extras import replaced, require
+from palettax._extras import require
+from palettax._replaced import replaced
 from palettax._typing import NBITS
 from palettax.torch.match import match_indices
 

@@ -169,12 +169,12 @@ def test_what_is_added_to_a_convolution(name, kernel):
     np.testing.assert_allclose(run(mlmodel, {"x": np.asarray(IMAGE)})["output"], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["a", "b"])
-def test_a_product_may_be_subtracted(name):
+@pytest.mark.parametrize("kind", ["table", "dense"])
+def test_a_product_may_be_subtracted(kind):
     def function(x):
         return jnp.arange(16.0) - x @ weights
 
-    weights = SMALL["a"] if name == "a" else SMALL["a"].depalettize()
+    weights = SMALL["a"] if kind == "table" else SMALL["a"].depalettize()
     mlmodel = from_jax(function, X, compute_precision=ct.precision.FLOAT32)
     np.testing.assert_allclose(run(mlmodel, {"x": np.asarray(X)})["output"], function(X), rtol=1e-5)
 
@@ -248,6 +248,22 @@ def test_whatever_holds_the_weights(name):
     np.testing.assert_allclose(function(X), expected)
 
 
+class Holder:
+    """No tree, and with one that has no order."""
+
+    def __init__(self):
+        self.small, self.settings = SMALL, {"width": 16, 1: None}
+
+    def __call__(self, x):
+        return mlp(self.small, x)
+
+
+@pytest.mark.parametrize("function", [Holder(), Holder().__call__], ids=["object", "method"])
+def test_an_object_may_hold_the_weights(function):
+    mlmodel = from_jax(function, X)
+    assert audit(mlmodel, {"small": SMALL}).identical
+
+
 def test_features_have_the_names_of_what_they_are():
     def function(batch, flag):
         return {"scores": mlp(SMALL, batch["x"]) + flag, "pair": (batch["y"] * 2, flag * 2)}
@@ -258,13 +274,11 @@ def test_features_have_the_names_of_what_they_are():
     assert sorted(feature.name for feature in description.output) == ["pair_0", "pair_1", "scores"]
 
 
-def test_an_output_may_be_given_twice():
+def test_outputs_have_names_of_their_own():
     mlmodel = from_jax(lambda params, x: {"a_b": x @ params["a"], "a": {"b": x @ params["b"]}}, X, SMALL)
     assert sorted(run(mlmodel, {"x": np.asarray(X)})) == ["a_b", "a_b_1"]
-    y = run(
-        from_jax(lambda params, x: (mlp(params, x), x @ params["a"].T, params["a"]), X, SMALL), {"x": np.asarray(X)}
-    )
-    assert sorted(y) == ["output_0", "output_1", "output_2"]
+    mlmodel = from_jax(lambda params, x: (mlp(params, x), x @ params["a"].T, params["a"]), X, SMALL)
+    assert sorted(run(mlmodel, {"x": np.asarray(X)})) == ["output_0", "output_1", "output_2"]
 
 
 def test_shapes_are_enough():
