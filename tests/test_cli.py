@@ -305,6 +305,23 @@ def test_outputs_of_packages_are_compared(model, tmp_path):
     assert same["outputs"] == [{"name": "right", "sqnr": None, "error": 0.0, "sound": True}]
 
 
+def test_outputs_alone_are_compared_of_two_conversions(tmp_path):
+    params = {"w": np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)}
+    small = px.palettize(params, px.kmeans(nbits=3), weight_threshold=0)
+    x, inputs = np.ones((2, 8), np.float32), tmp_path / "x.npz"
+    coreml.from_jax(lambda p, x: x @ p["w"], x, small).save(tmp_path / "s.mlpackage")
+    coreml.from_jax(lambda p, x: 1.0 * (x @ p["w"]) + 0.5 - 0.5, x, params).save(tmp_path / "m.mlpackage")
+    np.savez(inputs, x=x)
+    packages = tmp_path / "s.mlpackage", tmp_path / "m.mlpackage"
+    assert "NOT in order" in run("verify", *packages, "--inputs", inputs, code=1)
+    printed = run("verify", *packages, "--inputs", inputs, "--outputs-only", "--tolerance", 1)
+    assert "1 outputs compared: all is in order" in printed
+    assert "output: this output differs" in run(
+        "verify", *packages, "--inputs", inputs, "--outputs-only", "--tolerance", 0, code=1
+    )
+    assert "--inputs too" in run("verify", *packages, "--outputs-only", code=2)
+
+
 def test_inputs_that_cannot_be_run_are_said(model, tmp_path):
     package = tmp_path / "m.mlpackage"
     save_package(model, package)

@@ -54,12 +54,16 @@ def verify(
     tolerance: Annotated[
         float | None, typer.Option(min=0, help="The largest difference of outputs allowed, over their range.")
     ] = None,
+    outputs_only: Annotated[
+        bool, typer.Option("--outputs-only", help="Compare what the two compute, and nothing else; needs --inputs.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compare bit for bit what is not palettized, and check every table against its weights.
 
-    A package is compared with the one that it was compressed from: two conversions of a model differ in their ops. With
-    --inputs, what the two compute is compared too; they run here, not by Core ML.
+    A package is compared with the one that it was compressed from: two conversions of a model differ in their ops,
+    and for them there is --outputs-only. With --inputs, what the two compute is compared too; they run here, not by
+    Core ML.
 
     Exit code 0: all is in order. 1: something differs, and the output names it. 2: there was nothing to compare.
     """
@@ -71,7 +75,11 @@ def verify(
             raise ValueError(f"--inputs: {small} is no package, and only a package can be run")
         if tolerance is not None and inputs is None:
             raise ValueError("--tolerance is for outputs; give --inputs too")
-        verdict = _packages(small, reference) if kinds[0] else _trees(small, reference)
+        if outputs_only and inputs is None:
+            raise ValueError("--outputs-only: there is nothing to compare; give --inputs too")
+        verdict = _Verdict([], 0, [])
+        if not outputs_only:
+            verdict = _packages(small, reference) if kinds[0] else _trees(small, reference)
         if inputs is not None:
             verdict = _with_outputs(verdict, small, reference, inputs, tolerance)
     ok = not verdict.problems
@@ -84,15 +92,18 @@ def verify(
             "outputs": [row._asdict() for row in verdict.outputs],
         })  # fmt: skip
     else:
-        columns = {"palettized": "left", "SQNR": "right", "not nearest": "right", "form": "left"}
-        cells = [(row.name, sqnr_text(row.sqnr), f"{row.misplaced:,}", row.form) for row in verdict.palettized]
-        print_table(columns, cells)
+        found = f"{len(verdict.palettized)} palettized, {verdict.identical} others identical"
+        if outputs_only:
+            found = f"{len(verdict.outputs)} outputs compared"
+        else:
+            columns = {"palettized": "left", "SQNR": "right", "not nearest": "right", "form": "left"}
+            cells = [(row.name, sqnr_text(row.sqnr), f"{row.misplaced:,}", row.form) for row in verdict.palettized]
+            print_table(columns, cells)
         say(*(f"{name}: {problem}" for name, problem in verdict.problems))
-        tables = f"{len(verdict.palettized)} palettized, {verdict.identical} others identical"
         if verdict.outputs:
             columns = {"output": "left", "SQNR": "right", "largest difference": "right"}
             print_table(columns, [(row.name, sqnr_text(row.sqnr), f"{row.error:.2%}") for row in verdict.outputs])
-        say(f"{tables}: all is in order" if ok else f"{tables}, NOT in order: {len(verdict.problems)}")
+        say(f"{found}: all is in order" if ok else f"{found}, NOT in order: {len(verdict.problems)}")
     if not ok:
         raise typer.Exit(DIFFERENT)
 

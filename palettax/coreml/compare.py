@@ -23,11 +23,11 @@ def same_after_rounding(ours: PalettizedArray, found: PalettizedArray) -> bool:
 
 
 def rounded(leaf: PalettizedArray, dtype: Any) -> PalettizedArray:
-    """The leaf in the dtype of a package, as NumPy arrays.
+    """The leaf in another dtype, such as that of a package, as NumPy arrays.
 
     Args:
         leaf: a palettized weight without kept values.
-        dtype: float16 or float32.
+        dtype: of floats.
 
     Returns:
         The leaf; its indices, its mask, and a table of levels are unchanged.

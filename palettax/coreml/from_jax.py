@@ -26,7 +26,7 @@ from palettax.coreml.moves import Move
 from palettax.coreml.package import op_name
 from palettax.coreml.read import Use, record_leaves
 from palettax.coreml.scoped import quiet
-from palettax.coreml.stablehlo import OLDEST, composite, float_leaf, program_of
+from palettax.coreml.stablehlo import OLDEST, composite, float_leaf, named, program_of
 from palettax.leaf import PalettizedArray, as_numpy, is_palettized
 from palettax.leaf.plain import check_plain
 
@@ -66,8 +66,8 @@ def from_jax(
         *args), with the keys of a tree behind; outputs are `output`, of a tuple `output_0` and on, of a dict its keys.
 
     Raises:
-        ValueError: a target before iOS18, a palettized weight that a function which holds it uses in a loop, or an op
-            that stablehlo-coreml does not convert.
+        ValueError: a target before iOS18, params beside an NNX module, a palettized weight that a function which holds
+            it uses in a loop, or an op that stablehlo-coreml does not convert.
         ImportError: stablehlo-coreml is not installed.
 
     Warns:
@@ -90,19 +90,18 @@ def from_jax(
         raise ValueError(
             f"minimum_deployment_target={target.name}: stablehlo-coreml converts for {OLDEST.name} or later"
         )
-    if params is None:
-        function, params = _without_state(function)
+    function, params = _without_state(function, params)
     inputs = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
     if any(map(is_palettized, jax.tree.leaves(inputs, is_leaf=is_palettized))):
         raise ValueError("example_inputs holds palettized weights, which are no inputs; give their tree as params")
     found = _palettized(function, params)
     tables = _Tables(found, target, half=compute_precision is not ct.precision.FLOAT32)
-    flat = _flat(function, params, inputs)
+    flat = _flat(function, params, inputs, {op_name(name) for name in found})
     moves: dict[str, list[Move]] = {}
     pipeline: Any = build_pass_pipeline(convert_options.pop("pass_pipeline", None))
     pipeline.remove_passes([_OF_LOOPS])
     pipeline.insert_pass(0, FOLD_PASS)
-    pipeline.set_options(FOLD_PASS, {"moves": moves})
+    pipeline.set_options(FOLD_PASS, {"moves": moves, "dense": flat.dense})
     options = {"skip_model_load": True, "compute_precision": compute_precision, **convert_options}
     with quiet():
         program = program_of(flat.call, flat.arrays, target, tables.as_array, tables.make)
@@ -120,11 +119,16 @@ def from_jax(
     return mlmodel
 
 
-def _without_state(function: Any) -> tuple[Any, Tree]:
+def _without_state(function: Any, params: Tree) -> tuple[Any, Tree]:
     """An NNX module in eval mode as a function of its state, and that state; any other function as it is."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None or not isinstance(function, nnx.Module):
-        return function, None
+        return function, params
+    if params is not None:
+        raise ValueError(
+            f"{type(function).__name__} is an NNX module, which holds its weights: put these into it with nnx.merge, "
+            "and leave params out"
+        )
     module: Any = nnx.clone(function)
     module.eval()
     graph, state = nnx.split(module)
@@ -144,11 +148,13 @@ class _Flat(NamedTuple):
         call: the function; its parameters have the names of the inputs.
         arrays: an example of its arguments.
         outputs: the names of what it returns, once it is traced.
+        dense: the names of the constants that its dense weights become.
     """
 
     call: Callable[..., list[Any]]
     arrays: list[Any]
     outputs: list[str]
+    dense: list[str]
 
 
 def _palettized(function: Any, params: Tree) -> dict[str, PalettizedArray]:
@@ -185,8 +191,15 @@ def _held(function: Any) -> Iterator[Any]:
             yield value
 
 
-def _flat(function: Callable[..., Any], params: Tree, inputs: tuple[Any, ...]) -> _Flat:
-    """A function of arrays alone, its first argument, if it is given params, a constant of it."""
+def _flat(function: Callable[..., Any], params: Tree, inputs: tuple[Any, ...], taken: set[str]) -> _Flat:
+    """A function of arrays alone, its first argument, if it is given params, a constant of it.
+
+    Args:
+        function: of the params and the inputs.
+        params: its first argument; None if it takes none.
+        inputs: examples of the others.
+        taken: names of constants that are not for dense weights.
+    """
     signature = list(inspect.signature(function).parameters.values())
     if params is not None and signature and signature[0].kind is not inspect.Parameter.VAR_POSITIONAL:
         del signature[0]
@@ -198,16 +211,22 @@ def _flat(function: Callable[..., Any], params: Tree, inputs: tuple[Any, ...]) -
         names.append(free_name(_feature_name((GetAttrKey(first), *rest)), names))
 
     # Not within the function: there everything is an op of the program, float types that Core ML lacks included.
-    constants = jax.tree.map(_as_constant, params, is_leaf=is_palettized)
+    leaves, params_structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_palettized)
+    constants = [_as_constant(leaf) for _, leaf in leaves]
+    dense: dict[int, str] = {}
+    for place, name in enumerate(leaf_names([path for path, _ in leaves], ".")):
+        if _is_weight(constants[place]):
+            dense[place] = free_name(op_name(name or "weight"), {*taken, *dense.values()})
 
     def call(*arrays: Any) -> list[Any]:
         given = jax.tree.unflatten(structure, arrays)
         if params is not None:
             # Here and not by the layers: some of them look at the parts of what is no array.
-            weights = jax.tree.map(
-                lambda w: jnp.asarray(w) if is_palettized(w) else w, constants, is_leaf=is_palettized
-            )
-            given = (weights, *given)
+            weights = [
+                named(dense[place], leaf) if place in dense else jnp.asarray(leaf) if is_palettized(leaf) else leaf
+                for place, leaf in enumerate(constants)
+            ]
+            given = (jax.tree.unflatten(params_structure, weights), *given)
         paths, _ = jax.tree_util.tree_flatten_with_path(function(*given))
         outputs[:] = [_feature_name(path) for path, _ in paths]
         return [array for _, array in paths]
@@ -215,12 +234,18 @@ def _flat(function: Callable[..., Any], params: Tree, inputs: tuple[Any, ...]) -
     outputs: list[str] = []
     positional = inspect.Parameter.POSITIONAL_ONLY
     call.__signature__ = inspect.Signature([inspect.Parameter(name, positional) for name in names])
-    return _Flat(call, [_in_core_ml(array) for _, array in paths], outputs)
+    return _Flat(call, [_in_core_ml(array) for _, array in paths], outputs, list(dense.values()))
 
 
 def _as_constant(leaf: Any) -> Any:
     """A leaf of the params, if dense in a float type that Core ML has."""
     return leaf.astype(np.float32) if not is_palettized(leaf) and getattr(leaf, "dtype", None) in _FOREIGN else leaf
+
+
+def _is_weight(leaf: Any) -> bool:
+    """Whether a leaf is a dense array of floats, as ops name them."""
+    floats = getattr(leaf, "dtype", None) in (np.float16, np.float32)
+    return floats and not is_palettized(leaf) and leaf.ndim > 0
 
 
 def _in_core_ml(example: Any) -> Any:

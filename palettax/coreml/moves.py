@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from palettax.leaf import PalettizedArray
 from palettax.leaf.reshaping import fewest_blocks
 
+Leaf = TypeVar("Leaf", PalettizedArray, np.ndarray)
 Move = tuple[str, list[int]]
 """What is done to a weight: "transpose" with the order of its axes, "reverse" with some of them, or "reshape" with its
 shape before, and behind that the new one."""
 
 
-def moved(leaf: PalettizedArray, move: Move) -> PalettizedArray:
-    """A palettized weight after a move.
+def moved(leaf: Leaf, move: Move) -> Leaf:
+    """A weight after a move.
 
     Args:
-        leaf: before it.
+        leaf: before it, palettized or dense.
         move: what is done.
 
     Raises:

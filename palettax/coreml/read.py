@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import coremltools as ct
+import jax
 
-from palettax.coreml.compare import same, same_after_rounding
+from palettax._names import nearest
+from palettax._paths import leaf_names
+from palettax._typing import Tree
+from palettax.coreml.compare import rounded, same, same_after_rounding
 from palettax.coreml.moves import Move, moved, unmoved
 from palettax.coreml.package import (
     Op,
@@ -22,26 +26,56 @@ from palettax.coreml.package import (
     write_names,
 )
 from palettax.coreml.read_table import LOOKUPS, read_table
-from palettax.leaf import PalettizedArray
+from palettax.leaf import PalettizedArray, is_palettized
 
 
-def read_palettes(mlmodel: ct.models.MLModel | str | Path) -> dict[str, PalettizedArray]:
+def read_palettes(mlmodel: ct.models.MLModel | str | Path, like: Tree = None) -> Tree:
     """Read every lookup table of a package.
 
     Args:
         mlmodel: an mlprogram of any maker, or the path of one.
+        like: a tree with the names of the package, such as the params that went into it. A copy of it is returned, with
+            the tables in the place of its leaves and in their dtypes.
 
     Returns:
-        The palettized weights in the dtype of the package, usually float16, with levels, scale and mask as they are
-        there; a table quantized in a way that a `PalettizedArray` does not know is de-quantized. Keys are dotted names
-        where `from_torch` or `from_jax` noted them, else the op's name without the suffixes of coremltools. Of two
-        functions with different weights under one name, the second's begins with the function's name. What `from_jax`
-        had transposed, reshaped or reversed is as it was in JAX.
+        A dict; or, with `like`, such a tree. The palettized weights are in the dtype of the package, usually float16,
+        with levels, scale and mask as they are there; a table quantized in a way that a `PalettizedArray` does not know
+        is de-quantized. Keys are dotted names where `from_torch` or `from_jax` noted them, else the op's name without
+        the suffixes of coremltools. Of two functions with different weights under one name, the second's begins with
+        the function's name. What `from_jax` had transposed, reshaped or reversed is as it was in JAX.
 
     Raises:
-        ValueError: the model is no mlprogram, or a weight is in a form that a `PalettizedArray` does not have.
+        ValueError: the model is no mlprogram, or a weight is in a form that a `PalettizedArray` does not have; or
+            a table has no leaf of its name and shape in `like`.
+
+    Example:
+        >>> import coremltools as ct, jax, jax.numpy as jnp, palettax as px
+        >>> from palettax.coreml import from_jax
+        >>> params = {"dense": {"kernel": jax.random.normal(jax.random.key(0), (64, 64)), "bias": jnp.ones(64)}}
+        >>> small = px.palettize(params, px.kmeans(nbits=2))
+        >>> mlmodel = from_jax(lambda p, x: x @ p["dense"]["kernel"] + p["dense"]["bias"], jnp.ones((1, 64)), small)
+        >>> list(read_palettes(mlmodel))
+        ['dense.kernel']
+        >>> read_palettes(mlmodel, like=params)["dense"]["kernel"].dtype
+        dtype('float32')
     """
-    return {name: table.leaf for name, table in noted_palettes(open_model(mlmodel)).items()}
+    palettes = {name: table.leaf for name, table in noted_palettes(open_model(mlmodel)).items()}
+    return palettes if like is None else _in_their_places(palettes, like)
+
+
+def _in_their_places(palettes: Mapping[str, PalettizedArray], like: Tree) -> Tree:
+    """A tree with palettized weights in the place of the leaves of their names."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_palettized)
+    leaves = dict(zip(leaf_names([path for path, _ in paths], "."), [leaf for _, leaf in paths], strict=True))
+    for name, palette in palettes.items():
+        if name not in leaves:
+            raise ValueError(
+                f"{name}: the package has a table for it, and `like` no such leaf; {nearest(name, leaves)}"
+            )
+        if palette.shape != leaves[name].shape:
+            raise ValueError(f"{name}: it is {palette.shape} in the package, and {leaves[name].shape} in `like`")
+        leaves[name] = rounded(palette, leaves[name].dtype)
+    return jax.tree.unflatten(structure, leaves.values())
 
 
 class Noted(NamedTuple):

@@ -17,10 +17,11 @@ from jaxlib.mlir import ir
 
 from palettax._extras import require
 from palettax._typing import Array
+from palettax.coreml.inject import mb
 from palettax.leaf import PalettizedArray, as_numpy, has_levels
 from palettax.leaf.palettized_array import AS_ARRAY
 
-TABLE = "palettax.table"
+TABLE, DENSE = "palettax.table", "palettax.dense"
 OLDEST = ct.target.iOS18
 """The first target that stablehlo-coreml converts for."""
 _PARTS = ("lut", "indices", "scale", "mask")
@@ -41,6 +42,16 @@ def composite(leaf: PalettizedArray) -> Array:
         return _rebuilt(dict(zip(parts, values, strict=True)), leaf.nbits, leaf.vector_axis, leaf.dtype).depalettize()
 
     return jax.lax.composite(dense, TABLE)(*parts.values(), **form)
+
+
+def named(name: str, weights: Array) -> Array:
+    """A dense weight as an op of its own, so that `program_of` can make a constant of that name.
+
+    Args:
+        name: for the constant.
+        weights: in a float type that Core ML has.
+    """
+    return jax.lax.composite(lambda values, **_: values, DENSE)(weights, name=name)
 
 
 def float_leaf(leaf: PalettizedArray) -> PalettizedArray:
@@ -87,7 +98,7 @@ def program_of(
         AS_ARRAY.reset(token)
     module = ir.Module.parse(exported.mlir_module(), context=make_ir_context())
     _check_loops(module)
-    with _composites({TABLE: _handler(table)}):
+    with _composites({TABLE: _handler(table), DENSE: _constant}):
         try:
             return convert(module, minimum_deployment_target=target)
         except Exception as error:  # what it raises for an op that it does not know has no type in common
@@ -131,6 +142,11 @@ def _composites(handlers: dict[str, Callable[..., None]]) -> Iterator[None]:
     finally:
         for name in handlers:
             del registry[name]
+
+
+def _constant(converter: Any, context: Any, op: Any) -> None:
+    name = ir.StringAttr(op.composite_attributes["name"]).value
+    context.add_result(op.results[0], mb.const(val=context[op.inputs[0].get_name()].val, name=name))
 
 
 def _handler(table: Callable[[PalettizedArray], Any]) -> Callable[..., None]:

@@ -16,6 +16,7 @@ from flax import nnx
 
 import palettax as px
 from palettax.coreml import audit, from_jax, read_palettes, run
+from palettax.coreml.compare import rounded
 from palettax.coreml.package import load_program, operations_of
 from palettax.coreml.stablehlo import TABLE
 from palettax.leaf import is_palettized
@@ -307,6 +308,48 @@ def test_what_is_no_table_is_said():
     assert set(read_palettes(mlmodel)) == {"a", "b"}
     with warnings.catch_warnings(action="error"):
         from_jax(mlp, X, px.depalettize(SMALL))
+
+
+def test_dense_leaves_keep_their_names_and_are_moved_beforehand():
+    kernel, bias, tied = (
+        np.random.default_rng(n).normal(size=s).astype(np.float32) for n, s in enumerate([(12, 16), 12, 16])
+    )
+    params = {"c": {"b": {"kernel": kernel}, "b_bias": bias}, "tied": [tied, tied]} | SMALL
+
+    def call(params, x):
+        x = x * params["tied"][0] + params["tied"][1]
+        x = x @ params["a"] + x @ params["b"]
+        return jnp.tanh(x @ params["c"]["b"]["kernel"].T) * params["c"]["b_bias"]
+
+    mlmodel = from_jax(call, X, params, compute_precision=ct.precision.FLOAT32)
+    constants = {op.name: op.outputs[0].val for _, op in operations_of(load_program(mlmodel)) if op.op_type == "const"}
+    assert (constants["c_b_kernel"] == kernel).all() or (constants["c_b_kernel"] == kernel.T).all()
+    assert (constants["c_b_bias"].ravel() == bias).all()
+    assert {"c.b.kernel", "c.b_bias"} <= audit(mlmodel, params).dense.keys()
+    assert {"tied_0", "tied_1"} <= constants.keys()
+    found = run(mlmodel, {"x": np.asarray(X)})["output"]
+    assert abs(found - call(params, X)).max() < 1e-5 * np.ptp(found)
+
+
+def test_tables_go_back_into_a_tree():
+    params = {"layers": [{"kernel": np.ones((16, 16), np.float32), "bias": np.ones(16, np.float16)}]}
+    kernel = random_leaf((16, 16), groups=(4, 1), nbits=4, seed=3)
+    small = {"layers": [params["layers"][0] | {"kernel": kernel}]}
+    mlmodel = from_jax(lambda p, x: x @ p["layers"][0]["kernel"] + p["layers"][0]["bias"], X, small)
+    found = read_palettes(mlmodel, like=params)
+    assert jax.tree.structure(px.depalettize(found)) == jax.tree.structure(params)
+    assert found["layers"][0]["bias"] is params["layers"][0]["bias"]
+    assert_same(found["layers"][0]["kernel"], rounded(rounded(kernel, np.float16), np.float32))
+    with pytest.raises(ValueError, match=r"no such leaf; did you mean 'layers.0.kernels'"):
+        read_palettes(mlmodel, like={"layers": [{"kernels": params["layers"][0]["kernel"]}]})
+    with pytest.raises(ValueError, match=r"\(16, 16\) in the package, and \(16,\) in `like`"):
+        read_palettes(mlmodel, like={"layers": [{"kernel": params["layers"][0]["bias"]}]})
+
+
+def test_an_nnx_module_has_its_weights():
+    module = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"Linear is an NNX module.*nnx\.merge"):
+        from_jax(module, X, nnx.state(module))
 
 
 def over_layers(params, x):
