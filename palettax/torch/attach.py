@@ -33,22 +33,15 @@ class Palette(NamedTuple):
 
     def step(self) -> None:
         """Count a step."""
-        self._named(self.module.step)
+        self.module.step(self.original, self.mask)
 
     def enable(self) -> None:
         """Start now."""
-        self._named(self.module.enable)
+        self.module.enable(self.original, self.mask)
 
     def palettized(self) -> PalettizedArray:
         """The weight as it is stored."""
-        return self._named(self.module.palettized)
-
-    def _named(self, method: Callable[[torch.Tensor, torch.Tensor | None], Any]) -> Any:
-        """What a method of the palette gives for the parameter; its errors name it."""
-        try:
-            return method(self.original, self.mask)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
+        return self.module.palettized(self.original, self.mask)
 
 
 def palettes_of(model: torch.nn.Module) -> Iterator[Palette]:
@@ -93,8 +86,16 @@ def detach(model: torch.nn.Module) -> None:
             if isinstance(getattr(owner, attribute + _PALETTE, None), Palettized):
                 _detach_behind_pruning(owner, attribute)
             else:
-                parametrize.remove_parametrizations(owner, attribute, leave_parametrized=False)
+                _remove_parametrization(owner, attribute)
             owner.__dict__.pop("register_parameter", None)
+
+
+def _remove_parametrization(owner: torch.nn.Module, attribute: str) -> None:
+    """Put the parameter back in the place of the values that are made of it."""
+    # A copy has the class of its original, and torch takes the property off that class.
+    own = type(owner)
+    owner.__class__ = type(own.__name__, own.__bases__, dict(vars(own)))
+    parametrize.remove_parametrizations(owner, attribute, leave_parametrized=False)
 
 
 def _of_module(owner: torch.nn.Module) -> Iterator[tuple[str, Palettized, torch.nn.Parameter, torch.Tensor | None]]:
@@ -126,7 +127,7 @@ def _make_way_for_pruning(owner: torch.nn.Module, name: str, parameter: Any) -> 
         type(owner).register_parameter(owner, name, parameter)
         return
     palette, original = found[0]
-    parametrize.remove_parametrizations(owner, attribute, leave_parametrized=False)
+    _remove_parametrization(owner, attribute)
     palette.recipe = palette.recipe.with_pruning()
     type(owner).register_parameter(owner, name, original)
     register = owner.register_forward_pre_hook

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +50,7 @@ class Palettized(torch.nn.Module):
         recipe: what to do.
         weight: the parameter.
         milestone: the count of steps at which it starts.
+        name: of the parameter, for errors.
     """
 
     lut: torch.Tensor
@@ -56,9 +59,9 @@ class Palettized(torch.nn.Module):
     steps: torch.Tensor
     enabled: torch.Tensor
 
-    def __init__(self, recipe: TrainedRecipe, weight: torch.Tensor, milestone: int) -> None:
+    def __init__(self, recipe: TrainedRecipe, weight: torch.Tensor, milestone: int, name: str) -> None:
         super().__init__()
-        self.recipe, self.milestone = recipe, milestone
+        self.recipe, self.milestone, self.name = recipe, milestone, name
         self._started: tuple[Any, _State] | None = None
         self._stored: tuple[Any, torch.Tensor] | None = None
         like = jax.ShapeDtypeStruct(tuple(weight.shape), numpy_dtype(weight.dtype))
@@ -76,8 +79,10 @@ class Palettized(torch.nn.Module):
 
     def enable(self, original: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Make the first table, and use it from now on."""
-        weights = to_numpy(_LEAF, _masked(original, mask))
-        self._keep(_State.of(self.recipe.training().init({_LEAF: weights}), original.device))
+        weights = to_numpy(self.name, _masked(original, mask))
+        with self._named():
+            state = self.recipe.training().init({_LEAF: weights})
+        self._keep(_State.of(state, original.device))
         self.enabled.fill_(True)
 
     @torch.compiler.disable
@@ -97,8 +102,17 @@ class Palettized(torch.nn.Module):
 
     def palettized(self, original: torch.Tensor, mask: torch.Tensor | None = None) -> PalettizedArray:
         """The weight as it is stored."""
-        weights = to_numpy(_LEAF, _masked(original, mask))
-        return self.recipe.training().finalize({_LEAF: weights}, self._state.to_jax())[_LEAF]
+        weights = to_numpy(self.name, _masked(original, mask))
+        with self._named():
+            return self.recipe.training().finalize({_LEAF: weights}, self._state.to_jax())[_LEAF]
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """What is wrong with the one leaf is wrong with the parameter."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
 
     @property
     def used(self) -> bool:
@@ -126,7 +140,7 @@ class Palettized(torch.nn.Module):
         version = _version(original, mask), self.lut._version
         if self._stored is None or self._stored[0] != version:
             with torch.inference_mode(False):
-                stored = to_tensor(_LEAF, self.palettized(original, mask).depalettize()).to(original.device)
+                stored = to_tensor(self.name, self.palettized(original, mask).depalettize()).to(original.device)
             self._stored = version, stored
         return self._stored[1].clone()  # a layer may write to its weight, as an embedding with max_norm does
 
@@ -175,6 +189,10 @@ def _masked(original: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return original if mask is None else original * mask.to(original.dtype)
 
 
-def _version(*tensors: torch.Tensor | None) -> tuple[tuple[int, int], ...]:
-    """What changes when the values of tensors do."""
-    return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors if tensor is not None)
+def _version(*tensors: torch.Tensor | None) -> tuple[tuple[int, int, int], ...]:
+    """What changes when the values of tensors do; torch does not count what is written to their `.data`."""
+    return tuple((t.data_ptr(), t._version, _checksum(t.detach())) for t in tensors if t is not None)
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)

@@ -86,7 +86,8 @@ class ModulePalettizerConfig(Configuration):
         group_size: channels that share a table; of groups only.
         channel_axis: along which channels are grouped and `cluster_dim` weights are neighbours: 0, outputs, or 1.
         cluster_dim: weights per index; None for 1.
-        enable_per_channel_scale: whether every output channel has a scale.
+        enable_per_channel_scale: whether every channel on axis 0 has a scale; only of transposed convolutions it is an
+            input.
         weight_threshold: weights of at most this many elements are left alone.
 
     Raises:
@@ -246,6 +247,10 @@ class ModuleDKMPalettizerConfig(ModulePalettizerConfig):
                 )
             object.__setattr__(self, "lut_dtype", dtype)
         super().__post_init__()
+        if self.enforce_zero and (self.cluster_dim or 1) > 1:
+            raise ValueError(
+                f"enforce_zero=True with cluster_dim={self.cluster_dim}; a vector is not zero in part, use 1"
+            )
         least, most = self.quant_min, self.quant_max
         if self.levels is not None:
             low, zero, high = _LEVELS[self.lut_dtype_name]

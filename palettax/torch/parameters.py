@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from palettax._keys import warn_caller
 from palettax._names import owner_and_attribute
 from palettax.leaf import Granularity
-from palettax.torch.configs import PalettizerConfig
+from palettax.torch.configs import Choice, PalettizerConfig
 from palettax.torch.load import names_by_tensor
 from palettax.torch.state_dict import PRUNED, metadata_prefix
 
@@ -54,6 +54,18 @@ class Parameter(NamedTuple):
     pruned: bool
 
 
+class Chosen(NamedTuple):
+    """What becomes of the parameters of a model.
+
+    Attributes:
+        palettized: those that are to be, tied ones once.
+        dense: why others are left alone, by their dotted names.
+    """
+
+    palettized: list[Parameter]
+    dense: dict[str, str]
+
+
 class _Place(NamedTuple):
     """Where a parameter is, and the module whose configuration is its own."""
 
@@ -71,8 +83,8 @@ def checked_model(model: Any) -> nn.Module:
     return model
 
 
-def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: bool = False) -> list[Parameter]:
-    """The parameters that the configuration asks to palettize, tied ones once.
+def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: bool = False) -> Chosen:
+    """The parameters that the configuration asks to palettize.
 
     One that cannot be cut into the groups or the vectors that are asked for is left alone, with a warning.
 
@@ -90,6 +102,9 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
     config.warn_unmatched(model)
     names = names_by_tensor(model)
     found: dict[int, Parameter] = {}
+    dense = {
+        name: "not the weight of a layer, and not named" for name, _ in model.named_parameters(remove_duplicate=False)
+    }
     for place in _places(model, config):
         tensor = _tensor(place)
         if tensor is None:
@@ -97,11 +112,17 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
         choice = config.choose(place.name, place.asked, tensor.numel(), module_name=place.asked_name)
         by_default = choice.config is not None and choice.config is config.global_config
         unless_asked = (nn.RNNBase,) if trained else (nn.RNNBase, nn.LayerNorm)
-        if choice.config is None or (by_default and isinstance(place.module, unless_asked)):
+        if choice.config is not None and by_default and isinstance(place.module, unless_asked):
+            choice = Choice(None, f"of {type(place.module).__name__}, which is palettized by type or by name only")
+        dense[place.name] = choice.reason
+        if choice.config is None:
             continue
-        being_pruned = _check(place, tensor, trained)
-        granularity = _granularity(place.name, tensor, choice.config)
-        if granularity is None:
+        being_pruned = _check(place, tensor, trained, choice.config.cluster_dim)
+        try:
+            granularity = _granularity(place.name, tensor, choice.config)
+        except ValueError as error:
+            warn_caller(f"{place.name} {tuple(tensor.shape)} stays dense: {error}")
+            dense[place.name] = str(error)
             continue
         if id(tensor) in found and found[id(tensor)].config != choice.config:
             other = found[id(tensor)].name
@@ -118,11 +139,26 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
                 pruned=being_pruned or _was_pruned(place),
             ),
         )
-    return list(found.values())
+    return Chosen(list(found.values()), {name: reason for name, reason in dense.items() if reason})
 
 
 def _places(model: nn.Module, config: PalettizerConfig[Any]) -> Iterator[_Place]:
-    """Every weight that can be palettized."""
+    """Every weight that can be palettized, and whatever else is named."""
+    seen: set[tuple[int, str]] = set()
+    for place in _weights(model, config):
+        seen.add((id(place.module), place.attribute))
+        yield place
+    for path, module in model.named_modules():
+        for attribute, tensor in module._parameters.items():
+            name = f"{path}.{attribute}" if path else attribute
+            if tensor is None or (id(module), attribute) in seen:
+                continue
+            if _is_named(config, name, module, tensor):
+                yield _Place(name, module, attribute, module, path)
+
+
+def _weights(model: nn.Module, config: PalettizerConfig[Any]) -> Iterator[_Place]:
+    """The weights of the layers of torch."""
     of_attention: set[int] = set()
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
@@ -135,13 +171,8 @@ def _places(model: nn.Module, config: PalettizerConfig[Any]) -> Iterator[_Place]
         elif isinstance(module, nn.RNNBase):
             for attribute in [name for name in module._flat_weights_names if name.startswith("weight")]:
                 yield _Place(prefix + attribute, module, attribute, module, path)
-        elif isinstance(module, _WITH_WEIGHT):
-            if id(module) not in of_attention:
-                yield _Place(prefix + "weight", module, "weight", module, path)
-        else:
-            for attribute, tensor in module._parameters.items():
-                if tensor is not None and _is_named(config, prefix + attribute, tensor):
-                    yield _Place(prefix + attribute, module, attribute, module, path)
+        elif isinstance(module, _WITH_WEIGHT) and id(module) not in of_attention:
+            yield _Place(prefix + "weight", module, "weight", module, path)
 
 
 def _asked(config: PalettizerConfig[Any], prefix: str, attention: nn.Module, owner: str) -> tuple[nn.Module, str]:
@@ -150,10 +181,12 @@ def _asked(config: PalettizerConfig[Any], prefix: str, attention: nn.Module, own
     return attention, prefix + owner if owner and named else prefix.removesuffix(".")
 
 
-def _is_named(config: PalettizerConfig[Any], name: str, tensor: torch.Tensor) -> bool:
-    """Whether a parameter of another module is meant by a name: of a vector, such as a bias, by its very own."""
+def _is_named(config: PalettizerConfig[Any], name: str, module: nn.Module, tensor: torch.Tensor) -> bool:
+    """Whether more than a weight is meant by a name: a vector, or what a layer has beside it, by its very own."""
     patterns = config.module_name_configs
-    return any(re.fullmatch(pattern, name) for pattern in patterns) if tensor.ndim > 1 else name in patterns
+    if tensor.ndim == 1 or isinstance(module, (*_WITH_WEIGHT, nn.MultiheadAttention, nn.RNNBase)):
+        return name in patterns
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def _tensor(place: _Place) -> torch.Tensor | None:
@@ -163,12 +196,11 @@ def _tensor(place: _Place) -> torch.Tensor | None:
         return own[place.attribute]
     if f"{place.attribute}_orig" in own:
         return own[f"{place.attribute}_orig"]
-    if parametrize.is_parametrized(place.module, place.attribute):
-        return getattr(place.module, place.attribute)
-    return None
+    computed = getattr(place.module, place.attribute, None)
+    return computed if isinstance(computed, torch.Tensor) else None
 
 
-def _check(place: _Place, tensor: torch.Tensor, trained: bool) -> bool:
+def _check(place: _Place, tensor: torch.Tensor, trained: bool, cluster_dim: int) -> bool:
     """Refuse what cannot be palettized; returns whether it is in the course of being pruned."""
     name, attribute = place.name, place.attribute
     if parametrize.is_parametrized(place.module, attribute):
@@ -178,10 +210,21 @@ def _check(place: _Place, tensor: torch.Tensor, trained: bool) -> bool:
     if not tensor.is_floating_point():
         raise ValueError(f"{name}: it is of {tensor.dtype}, and only floats are palettized; configure it as None")
     being_pruned = f"{attribute}_mask" in place.module._buffers
+    if not being_pruned and attribute not in place.module._parameters:
+        others = [own for own in place.module._parameters if own.startswith(f"{attribute}_")]
+        raise ValueError(
+            f"{name}: it is computed from {' and '.join(others) or 'something else'} in each forward pass; make it a "
+            "parameter again, as torch.nn.utils.remove_weight_norm or remove_spectral_norm does"
+        )
     if being_pruned and not trained:
         raise ValueError(f"{name}: it is being pruned; make that permanent with torch.nn.utils.prune.remove first")
     if trained and tensor.dtype == torch.float64:
         raise ValueError(f"{name}: it is of float64, in which palettes are not trained; use model.float()")
+    if being_pruned and cluster_dim > 1:
+        raise ValueError(
+            f"{name}: it is being pruned, and the {cluster_dim} weights of a vector share an index, zeros and others; "
+            "use cluster_dim=1"
+        )
     return being_pruned
 
 
@@ -191,17 +234,13 @@ def _was_pruned(place: _Place) -> bool:
     return word is not None and PRUNED in word.reshape(-1).tolist()
 
 
-def _granularity(name: str, tensor: torch.Tensor, config: Any) -> Granularity | None:
-    """How the parameter is cut; None, with a warning, if it cannot be."""
+def _granularity(name: str, tensor: torch.Tensor, config: Any) -> Granularity:
+    """How the parameter is cut; a `ValueError` if it cannot be."""
     axis = config.channel_axis
     if config.cluster_dim > 1 and getattr(config, "cluster_permute", None) is not None:
         axis = config.cluster_permute[0] if len(config.cluster_permute) == tensor.ndim else axis
     granularity = Granularity(config.group_size, axis, config.cluster_dim)
-    try:
-        granularity.groups(tuple(tensor.shape), name)
-    except ValueError as error:
-        warn_caller(f"{name} {tuple(tensor.shape)} stays dense: {error}")
-        return None
+    granularity.groups(tuple(tensor.shape), name)
     return granularity
 
 

@@ -189,7 +189,7 @@ def _compress(
     model: torch.nn.Module, config: PalettizerConfig, sensitivity: Mapping[str, np.ndarray] | None, *, inplace: bool
 ) -> tuple[torch.nn.Module, Report]:
     """Palettize, write into the model or a copy, and report."""
-    found = parameters_of(model, config)
+    found, dense = parameters_of(model, config)
     leaves: dict[str, PalettizedArray] = {}
     with progress_bar("palettizing", "parameters") as advance:
         for done, parameter in enumerate(found):
@@ -202,6 +202,9 @@ def _compress(
     # Of parameters alone: buffers have no sensitivities.
     masses = None if sensitivity is None else {name: sensitivity.get(name) for name in before}
     summary = report(before, before | leaves, sensitivity=masses, weight_threshold=0)
+    for name, row in summary.items():
+        if row.skipped:
+            summary[name] = row._replace(skipped=dense.get(name, "no parameter"))
     return load_into(model if inplace else copy.deepcopy(model), leaves), summary
 
 

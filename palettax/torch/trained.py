@@ -64,7 +64,9 @@ class DKMPalettizer:
         if next(palettes_of(self._model), None) is not None:
             raise ValueError("the model is prepared already; train it, or finalize it first")
         model = self._model if inplace else copy.deepcopy(self._model)
-        for parameter in parameters_of(model, self._config, trained=True):  # all of them are found before one changes
+        for parameter in parameters_of(
+            model, self._config, trained=True
+        ).palettized:  # all of them are found before one changes
             _attach(parameter)
         follow_parametrizations(model)
         for palette in palettes_of(model):
@@ -127,7 +129,7 @@ class DKMPalettizer:
 
 def _attach(parameter: Parameter) -> None:
     """Give a parameter its palette, and its modules what they do to their output."""
-    palette = Palettized(trained_recipe_of(parameter), parameter.tensor, parameter.config.milestone)
+    palette = Palettized(trained_recipe_of(parameter), parameter.tensor, parameter.config.milestone, parameter.name)
     for owner, attribute in parameter.owners:
         attach(palette, owner, attribute)
         if parameter.config.activation_dtype is not None:

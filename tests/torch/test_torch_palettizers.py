@@ -199,6 +199,18 @@ def test_a_copy_trains_on_its_own():
     assert torch.equal(before, model[0].weight)
 
 
+def test_finalizing_a_copy_leaves_the_model_in_training():
+    palettizer = dkm(net(), n_bits=2)
+    model = train(palettizer.prepare().train(), palettizer, steps=1)
+    first = palettizer.finalize()
+    train(model, palettizer, steps=1)
+    second = palettizer.finalize()
+    assert type(first[0]) is type(second[0]) is torch.nn.Linear
+    assert not torch.equal(first[0].weight, second[0].weight)
+    prune.l1_unstructured(copy.deepcopy(model)[0], "weight", 0.5)
+    assert model[0].weight.shape == (32, 16)
+
+
 def test_tied_parameters_stay_tied():
     model = torch.nn.ModuleDict({"in": torch.nn.Embedding(32, 16), "out": torch.nn.Linear(16, 32, bias=False)})
     model["out"].weight = model["in"].weight
@@ -222,6 +234,71 @@ def test_the_package_holds_what_was_trained():
 def test_meta_parameters_are_refused():
     with pytest.raises(ValueError, match=r"weight: it is on the meta device"):
         PostTrainingPalettizer(torch.nn.Linear(8, 8, device="meta")).compress()
+
+
+@pytest.mark.parametrize(
+    ("normalize", "undo"), [("weight_norm", "remove_weight_norm"), ("spectral_norm", "remove_spectral_norm")]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_weights_that_are_computed_are_refused(normalize, undo):
+    model = torch.nn.Sequential(getattr(torch.nn.utils, normalize)(torch.nn.Linear(16, 8)), torch.nn.Linear(8, 8))
+    for palettizer in (PostTrainingPalettizer(model), dkm(model)):
+        with pytest.raises(ValueError, match=rf"0\.weight: it is computed from weight_.*{undo}"):
+            getattr(palettizer, "compress" if hasattr(palettizer, "compress") else "prepare")(inplace=True)
+    config = PostTrainingPalettizerConfig.from_dict({"module_name_configs": {"0": None, "1": {"n_bits": 1}}})
+    PostTrainingPalettizer(model, config).compress(inplace=True)
+    assert model[1].weight.unique().numel() == 2
+    getattr(torch.nn.utils, undo)(model[0])
+    assert PostTrainingPalettizer(model).compress()[0].weight.unique().numel() == 16
+
+
+def test_what_a_layer_has_beside_its_weight_is_palettized_by_its_own_name():
+    names = {"0.bias": {"n_bits": 1}, r"\d\.weight": None, "2.*": None}
+    config = PostTrainingPalettizerConfig.from_dict({"module_name_configs": names})
+    palettizer = PostTrainingPalettizer(net(), config)
+    small = palettizer.compress()
+    assert [tensor.unique().numel() for tensor in small.parameters()] == [
+        2 if n == "0.bias" else t.numel() for n, t in net().named_parameters()
+    ]
+
+
+def test_the_report_says_why_a_parameter_is_dense():
+    model = torch.nn.Sequential(
+        torch.nn.Linear(16, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4), torch.nn.BatchNorm1d(4)
+    )
+    config = {"global_config": {"weight_threshold": 100}, "module_name_configs": {"2": None}}
+    palettizer = PostTrainingPalettizer(model, PostTrainingPalettizerConfig.from_dict(config))
+    palettizer.compress()
+    reasons = {name: row.skipped for name, row in palettizer.report().items() if row.skipped}
+    assert "0.weight" not in reasons
+    assert reasons["0.bias"] == reasons["3.weight"] == "not the weight of a layer, and not named"
+    assert reasons["1.weight"] == "its 16 weights do not exceed weight_threshold=100 of global_config"
+    assert reasons["2.weight"] == "module_name_configs['2'] is None"
+    assert reasons["3.running_mean"] == "no parameter"
+
+
+def test_sensitivities_of_tied_and_unused_parameters():
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict(
+        {"in": torch.nn.Embedding(32, 16), "out": torch.nn.Linear(16, 32, bias=False), "idle": torch.nn.Linear(16, 16)}
+    )
+    model["out"].weight = model["in"].weight
+
+    def loss(model, batch):
+        return model["out"](model["in"](batch)).square().mean()
+
+    palettizer = SKMPalettizer(model, SKMPalettizerConfig.from_dict({"global_config": {"n_bits": 2}}))
+    small = palettizer.compress([torch.arange(32)], loss)
+    assert small["in"].weight is small["out"].weight
+    fisher = px.torch.fisher_diagonal(model, [torch.arange(32)], loss)
+    weights = px.torch.to_params(model.state_dict())
+    expected = px.palettize(
+        {"w": weights["in.weight"]}, px.kmeans(2), sensitivity={"w": fisher["in.weight"]}, weight_threshold=0
+    )
+    np.testing.assert_array_equal(small["in"].weight.detach(), expected["w"].depalettize())
+    plain = px.palettize({"w": weights["idle.weight"]}, px.kmeans(2), weight_threshold=0)["w"]
+    np.testing.assert_array_equal(small["idle"].weight.detach(), plain.depalettize())
+    assert palettizer.report()["idle.weight"].unweighted == 1
 
 
 def test_sensitive_k_means_is_palettize_with_the_fisher_information():
