@@ -1,0 +1,64 @@
+"""What all figures have in common: colours, new axes, lines of SQNR over bits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from palettax._extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, FILL, ACCENT = "#1f2933", "#c3cfdb", "#d1495b"
+STYLES = (
+    (ACCENT, "o"),
+    ("#2e6f95", "s"),
+    ("#5b8e5a", "D"),
+    ("#d9a441", "v"),
+    ("#7d5ba6", "P"),
+    ("#6b7a89", "X"),
+)
+"""A colour and a marker for every line of a figure; they begin anew after the last."""
+
+
+def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
+    """The axes that were given, or new ones in a figure of this size in inches."""
+    size = width, height
+    return require("matplotlib.pyplot", "plot").subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+
+
+def check_families(what: str, families: Any) -> None:
+    """Refuse lines without points.
+
+    Args:
+        what: the points are, such as "LutFit".
+        families: label to points.
+    """
+    if not isinstance(families, Mapping) or not families:
+        raise ValueError(f"nothing to draw; give a label and its {what}s: {{'exact': [...]}}")
+    for label, points in families.items():
+        if not len(points):
+            raise ValueError(f"'{label}' has no points; give it a {what}, or leave it out")
+
+
+def draw_lines(axes: Axes, families: Mapping[str, Iterable[tuple[float, float]]]) -> None:
+    """Draw SQNR over bits, a line for each label; what is lossless is a triangle at the top, beyond the scale."""
+    lossless = False
+    for (label, points), (color, marker) in zip(families.items(), itertools.cycle(STYLES), strict=False):
+        bits, sqnr = np.array(sorted(points), np.float64).T
+        lost = np.isfinite(sqnr)
+        axes.plot(bits[lost], sqnr[lost], color=color, marker=marker, markersize=4.5, linewidth=1.2, label=label)
+        axes.plot(
+            bits[~lost], np.full((~lost).sum(), 0.97), transform=axes.get_xaxis_transform(), clip_on=False,
+            color=color, marker="^", markersize=7, linestyle="", fillstyle="none",
+        )  # fmt: skip
+        lossless |= not lost.all()
+    if lossless:
+        axes.plot([], [], color=INK, marker="^", markersize=7, linestyle="", fillstyle="none", label="no error")
+    axes.set(xlabel="bits a weight", ylabel="SQNR, dB")
+    axes.legend(frameon=False, loc="upper left", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
