@@ -31,7 +31,7 @@ def test_runs_from_a_clean_kernel(path, tmp_path):
         cell.outputs, cell.execution_count = [], None
     # A cell that raises ends the run with its error.
     NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
     assert not said_on_stderr(notebook)
 
