@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 demo: $(STAMP)
 	$(BIN)/palettax demo --out demo_output
@@ -21,8 +21,11 @@ lint: $(STAMP)
 bench: $(STAMP)
 	for script in experiments/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict --site-dir site
+
 clean:
-	rm -rf .venv demo_output build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv demo_output site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
