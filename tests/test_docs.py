@@ -82,7 +82,7 @@ def test_what_a_page_names_is_there(page):
 
 
 @pytest.mark.parametrize("page", PROGRAMS, ids=name_of)
-def test_programs_print_what_is_printed(page, tmp_path, monkeypatch):
+def test_programs_print_what_is_printed(page, tmp_path, monkeypatch, unchecked):
     monkeypatch.chdir(tmp_path)
     run_blocks(page)
 
