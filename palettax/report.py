@@ -93,9 +93,11 @@ def report(
         params: the dense tree that was palettized.
         palettized: what `palettize` made of it.
         sensitivity: the Fisher information that `fisher_diagonal` gives: the report then predicts by how much each leaf
-            raises the loss, ½ Σ sensitivity · (w - ŵ)², which compares leaves of any scale. It is right to an order of
-            magnitude while the loss is nearly quadratic, and most often too low. Other sensitivities give other units.
-        weight_threshold: the threshold that was used; it decides which reason is given.
+            raises the loss, ½ Σ sensitivity · (w - ŵ)², which compares leaves of any scale. With labels drawn from the
+            model it is right to an order of magnitude while the loss is nearly quadratic, and most often too low; with
+            those of the data, which a trained model fits, much too low. Other sensitivities give other units.
+        weight_threshold: the threshold that was used; it decides which reason is given to leaves that are smaller than
+            all that are palettized.
 
     Returns:
         A dict from path to `LeafReport`; `print` shows it as a table.
@@ -119,10 +121,12 @@ def report(
     masses = (
         [None] * len(paths) if sensitivity is None else aligned(treedef, shared(params, sensitivity), "sensitivity")
     )
+    smallest = min((leaf.size for leaf in after if isinstance(leaf, PalettizedArray)), default=np.inf)
     rows, first = {}, {}
     for name, (_, before), now, mass in zip(names, paths, after, masses, strict=True):
         tied_to = first.setdefault((identity_of(before), identity_of(now)), name) if hasattr(before, "shape") else name
-        row = _leaf_report(before, now, weight_threshold)._replace(tied_to="" if tied_to == name else tied_to)
+        threshold = weight_threshold if getattr(before, "size", 0) < smallest else 0
+        row = _leaf_report(before, now, threshold)._replace(tied_to="" if tied_to == name else tied_to)
         rows[name] = row if mass is None else _weighed(name, row, before, now, np.asarray(mass))
     return Report(rows)
 

@@ -100,6 +100,9 @@ def test_why_a_leaf_is_dense():
         "wide": "left dense by the transform (2401 distinct values)",
     }
     assert px.report(params, small, weight_threshold=2401)["wide"].skipped == ("≤ weight_threshold=2401")
+    params = {"off": wide[:1500], "on": wide[:1000]}
+    small = px.palettize(params, px.by_path([("off", None), ("on", px.kmeans(2))]), weight_threshold=500)
+    assert px.report(params, small)["off"].skipped == "left dense by the transform (1500 distinct values)"
 
 
 def test_it_prints_a_line_for_every_leaf_and_the_total():

@@ -24,7 +24,7 @@ _SLACK = 4096
 
 @register_pass(namespace="palettax", override=True)
 class fold_moves(AbstractGraphPass):
-    """Do to every table what the program does to its weight.
+    """Do to every table what the program does to its weight, and store no constant as often as a batch is long.
 
     Attributes:
         moves: an option, which is told what was done, by the op's name.
@@ -45,6 +45,7 @@ def _fold(block: Any, moves: dict[str, list[Move]], dense: Container[str]) -> No
     for op in list(block.operations):
         for inner in op.blocks:
             _fold(inner, moves, dense)
+        _spread_by_select(op)
         while (var := _fold_one(op, moves, dense)) is not None:
             op = var.op
 
@@ -78,6 +79,20 @@ def _fold_one(op: Op, moves: dict[str, list[Move]], dense: Container[str]) -> An
     for reader in list(readers):
         replace_op(reader, var)
     return var
+
+
+def _spread_by_select(op: Op) -> None:
+    """Let `select` broadcast what a tile would repeat, as the NaN of an index out of bounds over all activations."""
+    if op.op_type != "tile" or op.x.val is None or op.outputs[0] in op.enclosing_block.outputs:
+        return
+    tiled, readers = op.outputs[0], op.outputs[0].child_ops
+    spread = op.x.rank == tiled.rank and all(n == 1 or n == m for n, m in zip(op.x.shape, tiled.shape, strict=True))
+    fits = [
+        reader.op_type == "select" and any(v is not tiled and v.shape == tiled.shape for v in (reader.a, reader.b))
+        for reader in readers
+    ]
+    if spread and all(fits):
+        replace_op(op, op.x)
 
 
 def _move_of(op: Op) -> Move | None:

@@ -35,6 +35,10 @@ def open_model(mlmodel: ct.models.MLModel | str | Path) -> ct.models.MLModel:
     """The model itself, or the one at a path, without compiling it."""
     if isinstance(mlmodel, ct.models.MLModel):
         return mlmodel
+    if not isinstance(mlmodel, str | Path):
+        raise ValueError(
+            f"a {type(mlmodel).__name__} is no Core ML model; give an MLModel, or the path of an .mlpackage"
+        )
     if not Path(mlmodel).exists():
         raise FileNotFoundError(f"{mlmodel}: there is no such package")
     try:

@@ -331,6 +331,28 @@ def test_dense_leaves_keep_their_names_and_are_moved_beforehand():
     assert abs(found - call(params, X)).max() < 1e-5 * np.ptp(found)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda p, x: jnp.take(p["a"], x.astype(int) % 20, axis=0),
+        lambda p, x: jnp.where(x > 0, x @ p["a"], p["c"]),
+        lambda p, x: jnp.where(x > 0, p["c"], 1.0) @ p["b"],
+        lambda p, x: jnp.maximum(x @ p["a"] + p["c"], 0) * p["c"],
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*no table of the package is this weight")
+def test_constants_do_not_grow_with_the_batch(function):
+    params, stored = SMALL | {"c": np.arange(16, dtype=np.float32)}, []
+    for batch in (1, 64):
+        x = np.random.default_rng(0).normal(size=(batch, 16)).astype(np.float32) * 9
+        mlmodel = from_jax(function, x, params, compute_precision=ct.precision.FLOAT32)
+        found, expected = run(mlmodel, {"x": x})["output"], np.asarray(function(params, jnp.asarray(x)))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        operations = operations_of(load_program(mlmodel))
+        stored.append(sum(np.size(op.outputs[0].val) for _, op in operations if op.op_type == "const"))
+    assert stored[0] == stored[1]
+
+
 def test_tables_go_back_into_a_tree():
     params = {"layers": [{"kernel": np.ones((16, 16), np.float32), "bias": np.ones(16, np.float16)}]}
     kernel = random_leaf((16, 16), groups=(4, 1), nbits=4, seed=3)
