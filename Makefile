@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint results bench docs clean
 
 demo: $(STAMP)
 	$(BIN)/palettax demo --out demo_output
@@ -17,6 +17,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+results: $(STAMP)
+	$(BIN)/python experiments/results.py $(if $(DATA),--data $(DATA))
 
 bench: $(STAMP)
 	for script in experiments/bench_*.py; do $(BIN)/python $$script || exit 1; done
