@@ -34,6 +34,7 @@ SCRIPTS = (
     Script("rounding", 1),
     Script("bench_torch", 1),
     Script("bench_fisher", 2),
+    Script("figures", 4),
     Script("skm_inertia", 4),
     Script("run_packages", 4),
     Script("bench_clustering", 6),

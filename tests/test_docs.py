@@ -35,7 +35,7 @@ def public_objects(module):
         name: value
         for name, value in vars(module).items()
         if not name.startswith("_") and getattr(value, "__module__", "").startswith("palettax") and callable(value)
-        if module is not palettax.plot or value.__module__ == module.__name__
+        if module is not palettax.plot or value.__module__.startswith(module.__name__)
     }
 
 
