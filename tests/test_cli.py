@@ -319,7 +319,13 @@ def test_outputs_alone_are_compared_of_two_conversions(tmp_path):
     assert "output: this output differs" in run(
         "verify", *packages, "--inputs", inputs, "--outputs-only", "--tolerance", 0, code=1
     )
-    assert "--inputs too" in run("verify", *packages, "--outputs-only", code=2)
+    assert "give --inputs" in run("verify", *packages, "--outputs-only", "--tolerance", 1, code=2)
+    assert "the --tolerance" in run("verify", *packages, "--outputs-only", "--inputs", inputs, code=2)
+    coreml.from_jax(lambda p, x: {"y": x @ p["w"]}, x, small).save(tmp_path / "y.mlpackage")
+    others = run(
+        "verify", packages[0], tmp_path / "y.mlpackage", "--inputs", inputs, "--outputs-only", "--tolerance", 1, code=2
+    )
+    assert "use the same names" in others
 
 
 def test_inputs_that_cannot_be_run_are_said(model, tmp_path):
@@ -428,7 +434,8 @@ def test_an_interrupted_run_leaves_the_old_file_whole(tmp_path):
     running = subprocess.Popen([*COMMAND, "compress", file, file, *options], stderr=subprocess.PIPE, text=True)
     time.sleep(4)
     running.send_signal(signal.SIGINT)
-    assert running.communicate(timeout=60)[1] == "Interrupted; nothing was written\n"
+    # On a busy machine it may not have begun.
+    assert running.communicate(timeout=60)[1] in ("Interrupted; nothing was written\n", "Interrupted\n")
     assert running.returncode == 130
     assert file.read_bytes() == before
     assert os.listdir(tmp_path) == [file.name]

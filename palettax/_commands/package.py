@@ -143,7 +143,10 @@ def compare_outputs(small: Path, reference: Path, inputs: Path) -> list[Output]:
     with file:
         given = {name: file[name] for name in file.files}
     found, expected = (run(path, given) for path in (small, reference))
-    return [_output(name, found.get(name), value) for name, value in expected.items()]
+    if found.keys() != expected.keys():
+        names = [", ".join(sorted(outputs)) for outputs in (found, expected)]
+        raise ValueError(f"the outputs of {small} are {names[0]}, those of {reference} {names[1]}; use the same names")
+    return [_output(name, found[name], value) for name, value in expected.items()]
 
 
 def _output(name: str, found: Any, expected: Any) -> Output:

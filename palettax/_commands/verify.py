@@ -55,7 +55,10 @@ def verify(
         float | None, typer.Option(min=0, help="The largest difference of outputs allowed, over their range.")
     ] = None,
     outputs_only: Annotated[
-        bool, typer.Option("--outputs-only", help="Compare what the two compute, and nothing else; needs --inputs.")
+        bool,
+        typer.Option(
+            "--outputs-only", help="Compare what the two compute, and nothing else; needs --inputs and --tolerance."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -75,8 +78,8 @@ def verify(
             raise ValueError(f"--inputs: {small} is no package, and only a package can be run")
         if tolerance is not None and inputs is None:
             raise ValueError("--tolerance is for outputs; give --inputs too")
-        if outputs_only and inputs is None:
-            raise ValueError("--outputs-only: there is nothing to compare; give --inputs too")
+        if outputs_only and (inputs is None or tolerance is None):
+            raise ValueError("--outputs-only: give --inputs, to run both on, and the --tolerance that is allowed")
         verdict = _Verdict([], 0, [])
         if not outputs_only:
             verdict = _packages(small, reference) if kinds[0] else _trees(small, reference)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from coremltools.converters.mil.mil import Program
+from coremltools.converters.mil.mil.ops.defs.iOS15.elementwise_binary import elementwise_binary
 from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
 from coremltools.converters.mil.mil.passes.helper import block_context_manager
 from coremltools.converters.mil.mil.passes.pass_registry import register_pass
@@ -24,7 +25,7 @@ _SLACK = 4096
 
 @register_pass(namespace="palettax", override=True)
 class fold_moves(AbstractGraphPass):
-    """Do to every table what the program does to its weight, and store no constant as often as a batch is long.
+    """Do to every table what the program does to its weight, and store no constant repeated that ops can broadcast.
 
     Attributes:
         moves: an option, which is told what was done, by the op's name.
@@ -45,7 +46,7 @@ def _fold(block: Any, moves: dict[str, list[Move]], dense: Container[str]) -> No
     for op in list(block.operations):
         for inner in op.blocks:
             _fold(inner, moves, dense)
-        _spread_by_select(op)
+        _leave_to_broadcasting(op)
         while (var := _fold_one(op, moves, dense)) is not None:
             op = var.op
 
@@ -81,18 +82,22 @@ def _fold_one(op: Op, moves: dict[str, list[Move]], dense: Container[str]) -> An
     return var
 
 
-def _spread_by_select(op: Op) -> None:
-    """Let `select` broadcast what a tile would repeat, as the NaN of an index out of bounds over all activations."""
+def _leave_to_broadcasting(op: Op) -> None:
+    """Let ops broadcast the constant that a tile repeats to the shape of what they combine it with."""
     if op.op_type != "tile" or op.x.val is None or op.outputs[0] in op.enclosing_block.outputs:
         return
     tiled, readers = op.outputs[0], op.outputs[0].child_ops
     spread = op.x.rank == tiled.rank and all(n == 1 or n == m for n, m in zip(op.x.shape, tiled.shape, strict=True))
-    fits = [
-        reader.op_type == "select" and any(v is not tiled and v.shape == tiled.shape for v in (reader.a, reader.b))
-        for reader in readers
-    ]
-    if spread and all(fits):
+    others = [[var for var in _operands(reader) if var is not tiled] for reader in readers]
+    if spread and all(any(var.shape == tiled.shape for var in vars) for vars in others):
         replace_op(op, op.x)
+
+
+def _operands(op: Op) -> tuple[Any, ...]:
+    """What an op that broadcasts combines, element by element; nothing of other ops."""
+    if op.op_type == "select":
+        return op.a, op.b
+    return (op.inputs["x"], op.inputs["y"]) if isinstance(op, elementwise_binary) else ()
 
 
 def _move_of(op: Op) -> Move | None:

@@ -21,7 +21,7 @@ from palettax._typing import Tree
 from palettax.coreml.compare import same
 from palettax.coreml.fold import FOLD_PASS
 from palettax.coreml.forms import in_package, parse_target
-from palettax.coreml.inject import flushed, free_name, table_op
+from palettax.coreml.inject import flushed, free_name, mb, table_op
 from palettax.coreml.moves import Move
 from palettax.coreml.package import op_name
 from palettax.coreml.read import Use, record_leaves
@@ -32,6 +32,13 @@ from palettax.leaf.plain import check_plain
 
 _OF_LOOPS = "common::loop_invariant_elimination"
 """It refuses a program whose loop takes two tables."""
+_OF_CONCRETE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerBoolConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+"""What JAX raises where a value is needed, and there is only a shape."""
 _FOREIGN = (jnp.bfloat16, np.float64)
 """Float types that Core ML does not compute in."""
 
@@ -95,16 +102,20 @@ def from_jax(
     if any(map(is_palettized, jax.tree.leaves(inputs, is_leaf=is_palettized))):
         raise ValueError("example_inputs holds palettized weights, which are no inputs; give their tree as params")
     found = _palettized(function, params)
-    tables = _Tables(found, target, half=compute_precision is not ct.precision.FLOAT32)
-    flat = _flat(function, params, inputs, {op_name(name) for name in found})
+    flat = _flat(function, params, inputs)
+    tables = _Tables(found, target, flat, half=compute_precision is not ct.precision.FLOAT32)
     moves: dict[str, list[Move]] = {}
     pipeline: Any = build_pass_pipeline(convert_options.pop("pass_pipeline", None))
     pipeline.remove_passes([_OF_LOOPS])
     pipeline.insert_pass(0, FOLD_PASS)
-    pipeline.set_options(FOLD_PASS, {"moves": moves, "dense": flat.dense})
+    pipeline.set_options(FOLD_PASS, {"moves": moves, "dense": tables.constants})
     options = {"skip_model_load": True, "compute_precision": compute_precision, **convert_options}
     with quiet():
-        program = program_of(flat.call, flat.arrays, target, tables.as_array, tables.make)
+        make = functools.partial(program_of, inputs=flat.arrays, target=target, **tables.makers)
+        try:
+            program = make(flat.calling(True))
+        except _OF_CONCRETE:  # it computes in NumPy with some of its params
+            program = make(flat.calling(False))
         _name_outputs(program, flat.outputs)
         mlmodel: Any = ct.convert(
             program,
@@ -145,16 +156,17 @@ class _Flat(NamedTuple):
     """A function of arrays that returns arrays.
 
     Attributes:
-        call: the function; its parameters have the names of the inputs.
+        calling: gives the function, whose parameters have the names of the inputs, given whether its dense weights are
+            to have names: else they are constants of JAX, whose values it can see.
         arrays: an example of its arguments.
+        inputs: the names of its arguments.
         outputs: the names of what it returns, once it is traced.
-        dense: the names of the constants that its dense weights become.
     """
 
-    call: Callable[..., list[Any]]
+    calling: Callable[[bool], Callable[..., list[Any]]]
     arrays: list[Any]
+    inputs: list[str]
     outputs: list[str]
-    dense: list[str]
 
 
 def _palettized(function: Any, params: Tree) -> dict[str, PalettizedArray]:
@@ -191,15 +203,8 @@ def _held(function: Any) -> Iterator[Any]:
             yield value
 
 
-def _flat(function: Callable[..., Any], params: Tree, inputs: tuple[Any, ...], taken: set[str]) -> _Flat:
-    """A function of arrays alone, its first argument, if it is given params, a constant of it.
-
-    Args:
-        function: of the params and the inputs.
-        params: its first argument; None if it takes none.
-        inputs: examples of the others.
-        taken: names of constants that are not for dense weights.
-    """
+def _flat(function: Callable[..., Any], params: Tree, inputs: tuple[Any, ...]) -> _Flat:
+    """A function of arrays alone, its first argument, if it is given params, a constant of it."""
     signature = list(inspect.signature(function).parameters.values())
     if params is not None and signature and signature[0].kind is not inspect.Parameter.VAR_POSITIONAL:
         del signature[0]
@@ -212,29 +217,31 @@ def _flat(function: Callable[..., Any], params: Tree, inputs: tuple[Any, ...], t
 
     # Not within the function: there everything is an op of the program, float types that Core ML lacks included.
     leaves, params_structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_palettized)
-    constants = [_as_constant(leaf) for _, leaf in leaves]
-    dense: dict[int, str] = {}
-    for place, name in enumerate(leaf_names([path for path, _ in leaves], ".")):
-        if _is_weight(constants[place]):
-            dense[place] = free_name(op_name(name or "weight"), {*taken, *dense.values()})
+    constants = zip(
+        leaf_names([path for path, _ in leaves], "."), [_as_constant(leaf) for _, leaf in leaves], strict=True
+    )
+    constants, outputs = list(constants), list[str]()
 
-    def call(*arrays: Any) -> list[Any]:
-        given = jax.tree.unflatten(structure, arrays)
-        if params is not None:
-            # Here and not by the layers: some of them look at the parts of what is no array.
-            weights = [
-                named(dense[place], leaf) if place in dense else jnp.asarray(leaf) if is_palettized(leaf) else leaf
-                for place, leaf in enumerate(constants)
-            ]
-            given = (jax.tree.unflatten(params_structure, weights), *given)
-        paths, _ = jax.tree_util.tree_flatten_with_path(function(*given))
-        outputs[:] = [_feature_name(path) for path, _ in paths]
-        return [array for _, array in paths]
+    def weight(name: str, leaf: Any, with_names: bool) -> Any:
+        if is_palettized(leaf):  # Here and not by the layers: some of them look at the parts of what is no array.
+            return jnp.asarray(leaf)
+        return named(name, leaf) if with_names and _is_weight(leaf) else leaf
 
-    outputs: list[str] = []
-    positional = inspect.Parameter.POSITIONAL_ONLY
-    call.__signature__ = inspect.Signature([inspect.Parameter(name, positional) for name in names])
-    return _Flat(call, [_in_core_ml(array) for _, array in paths], outputs, list(dense.values()))
+    def calling(with_names: bool) -> Callable[..., list[Any]]:
+        def call(*arrays: Any) -> list[Any]:
+            given = jax.tree.unflatten(structure, arrays)
+            if params is not None:
+                weights = [weight(name, leaf, with_names) for name, leaf in constants]
+                given = (jax.tree.unflatten(params_structure, weights), *given)
+            paths, _ = jax.tree_util.tree_flatten_with_path(function(*given))
+            outputs[:] = [_feature_name(path) for path, _ in paths]
+            return [array for _, array in paths]
+
+        positional = inspect.Parameter.POSITIONAL_ONLY
+        call.__signature__ = inspect.Signature([inspect.Parameter(name, positional) for name in names])
+        return call
+
+    return _Flat(calling, [_in_core_ml(array) for _, array in paths], names, outputs)
 
 
 def _as_constant(leaf: Any) -> Any:
@@ -273,20 +280,37 @@ def _name_outputs(program: Any, names: list[str]) -> None:
 
 
 class _Tables:
-    """Makes the ops of palettized weights, one for all that are equal, and remembers which are which.
+    """Makes the ops of weights, one for all palettized ones that are equal, and remembers which are which.
 
     Attributes:
         uses: the tables that were made.
-        dense: the names of the weights that no table holds.
+        dense: the names of the palettized weights that no table holds.
+        constants: the names of the ops of dense weights.
     """
 
-    def __init__(self, found: dict[str, PalettizedArray], target: ct.target, half: bool) -> None:
-        self.target, self.half = target, half
+    def __init__(self, found: dict[str, PalettizedArray], target: ct.target, flat: _Flat, half: bool) -> None:
+        self.target, self.flat, self.half = target, flat, half
+        self.constants: list[str] = []
         self.uses: list[Use] = []
         self.dense: set[str] = set()
         self._names = {id(leaf): name for name, leaf in found.items()}
         self._known = {name: float_leaf(as_numpy(leaf)) for name, leaf in found.items()}
         self._made: list[tuple[PalettizedArray, Any]] = []
+
+    @property
+    def makers(self) -> dict[str, Callable[..., Any]]:
+        """What `program_of` asks for."""
+        return {"as_array": self.as_array, "table": self.make, "constant": self.constant}
+
+    def constant(self, name: str, values: np.ndarray) -> Any:
+        """The variable of a dense weight."""
+        self.constants.append(self._free_op(name or "weight"))
+        return mb.const(val=values, name=self.constants[-1])
+
+    def _free_op(self, name: str) -> str:
+        """A name that is no other weight's, and no input's or output's."""
+        taken = {*self.constants, *self.flat.inputs, *self.flat.outputs, *(use.op for use in self.uses)}
+        return free_name(op_name(name), taken)
 
     def as_array(self, leaf: PalettizedArray) -> Any:
         """What to compute with while the function is traced."""
@@ -308,7 +332,7 @@ class _Tables:
         names = [name for name, other in self._known.items() if same(leaf, other)]
         names = names or [free_name("weight", {*self._known, *(use.name for use in self.uses)})]
         small = in_package(leaf, self.target)
-        op = free_name(op_name(names[0]), {use.op for use in self.uses})
+        op = self._free_op(names[0])
         self.uses += [Use(name, small, op) for name in names]
         var = table_op(flushed(small) if self.half else small, np.dtype(leaf.dtype), op)
         self._made.append((leaf, var))

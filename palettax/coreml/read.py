@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import coremltools as ct
 import jax
+import numpy as np
 
 from palettax._names import nearest
-from palettax._paths import leaf_names
+from palettax._paths import identity_of, leaf_names
 from palettax._typing import Tree
 from palettax.coreml.compare import rounded, same, same_after_rounding
 from palettax.coreml.moves import Move, moved, unmoved
@@ -34,8 +35,8 @@ def read_palettes(mlmodel: ct.models.MLModel | str | Path, like: Tree = None) ->
 
     Args:
         mlmodel: an mlprogram of any maker, or the path of one.
-        like: a tree with the names of the package, such as the params that went into it. A copy of it is returned, with
-            the tables in the place of its leaves and in their dtypes.
+        like: a tree of JAX or NumPy arrays with the names of the package, such as the params that went into it. A copy
+            of it is returned, with the tables in the place of its leaves and in their dtypes; tied leaves stay tied.
 
     Returns:
         A dict; or, with `like`, such a tree. The palettized weights are in the dtype of the package, usually float16,
@@ -66,15 +67,23 @@ def read_palettes(mlmodel: ct.models.MLModel | str | Path, like: Tree = None) ->
 def _in_their_places(palettes: Mapping[str, PalettizedArray], like: Tree) -> Tree:
     """A tree with palettized weights in the place of the leaves of their names."""
     paths, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_palettized)
-    leaves = dict(zip(leaf_names([path for path, _ in paths], "."), [leaf for _, leaf in paths], strict=True))
+    names = leaf_names([path for path, _ in paths], ".")
+    leaves = dict(zip(names, [leaf for _, leaf in paths], strict=True))
+    if len(leaves) < len(names):
+        raise ValueError(f"like: {max(names, key=names.count)} is the name of two leaves; give a tree of other keys")
+    made: dict[Any, PalettizedArray] = {}
     for name, palette in palettes.items():
-        if name not in leaves:
+        leaf = leaves.get(name)
+        if leaf is None:
             raise ValueError(
                 f"{name}: the package has a table for it, and `like` no such leaf; {nearest(name, leaves)}"
             )
-        if palette.shape != leaves[name].shape:
-            raise ValueError(f"{name}: it is {palette.shape} in the package, and {leaves[name].shape} in `like`")
-        leaves[name] = rounded(palette, leaves[name].dtype)
+        if not isinstance(getattr(leaf, "dtype", None), np.dtype):
+            raise ValueError(f"{name}: it is a {type(leaf).__name__} in `like`; give arrays of JAX or NumPy")
+        if palette.shape != leaf.shape:
+            raise ValueError(f"{name}: it is {palette.shape} in the package, and {leaf.shape} in `like`")
+        tied, own = made.get(identity_of(leaf)), rounded(palette, leaf.dtype)
+        leaves[name] = made[identity_of(leaf)] = tied if tied is not None and same(tied, own) else own
     return jax.tree.unflatten(structure, leaves.values())
 
 

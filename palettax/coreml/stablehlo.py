@@ -17,7 +17,6 @@ from jaxlib.mlir import ir
 
 from palettax._extras import require
 from palettax._typing import Array
-from palettax.coreml.inject import mb
 from palettax.leaf import PalettizedArray, as_numpy, has_levels
 from palettax.leaf.palettized_array import AS_ARRAY
 
@@ -45,10 +44,10 @@ def composite(leaf: PalettizedArray) -> Array:
 
 
 def named(name: str, weights: Array) -> Array:
-    """A dense weight as an op of its own, so that `program_of` can make a constant of that name.
+    """A dense weight as an op of its own, so that `program_of` can make a constant of its name.
 
     Args:
-        name: for the constant.
+        name: of the leaf.
         weights: in a float type that Core ML has.
     """
     return jax.lax.composite(lambda values, **_: values, DENSE)(weights, name=name)
@@ -73,6 +72,7 @@ def program_of(
     target: ct.target,
     as_array: Callable[[PalettizedArray], Array],
     table: Callable[[PalettizedArray], Any],
+    constant: Callable[[str, np.ndarray], Any],
 ) -> Any:
     """A program of what a function computes.
 
@@ -82,6 +82,7 @@ def program_of(
         target: the deployment target.
         as_array: what to compute with in the place of a palettized weight: its `composite`, or a dense array.
         table: makes the ops of a palettized weight, whose parts are constants of the program, and returns its variable.
+        constant: makes the op of a dense weight of a name, and returns its variable.
 
     Returns:
         A program of coremltools.
@@ -98,7 +99,7 @@ def program_of(
         AS_ARRAY.reset(token)
     module = ir.Module.parse(exported.mlir_module(), context=make_ir_context())
     _check_loops(module)
-    with _composites({TABLE: _handler(table), DENSE: _constant}):
+    with _composites({TABLE: _handler(table), DENSE: _constant_handler(constant)}):
         try:
             return convert(module, minimum_deployment_target=target)
         except Exception as error:  # what it raises for an op that it does not know has no type in common
@@ -144,9 +145,12 @@ def _composites(handlers: dict[str, Callable[..., None]]) -> Iterator[None]:
             del registry[name]
 
 
-def _constant(converter: Any, context: Any, op: Any) -> None:
-    name = ir.StringAttr(op.composite_attributes["name"]).value
-    context.add_result(op.results[0], mb.const(val=context[op.inputs[0].get_name()].val, name=name))
+def _constant_handler(constant: Callable[[str, np.ndarray], Any]) -> Callable[..., None]:
+    def handle(converter: Any, context: Any, op: Any) -> None:
+        name = ir.StringAttr(op.composite_attributes["name"]).value
+        context.add_result(op.results[0], constant(name, context[op.inputs[0].get_name()].val))
+
+    return handle
 
 
 def _handler(table: Callable[[PalettizedArray], Any]) -> Callable[..., None]:

@@ -31,6 +31,29 @@ def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
     return require("matplotlib.pyplot", "plot").subplots(figsize=size, layout="constrained")[1] if ax is None else ax
 
 
+def densities(values: np.ndarray, tables: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    """Densities and edges of a histogram in which all entries are in view, and all weights but a thousandth.
+
+    Args:
+        values: the weights.
+        tables: the entries.
+        bins: how many.
+
+    Raises:
+        ValueError: no weights, or weights that are not finite.
+    """
+    if not values.size or not np.isfinite(values).all():
+        raise ValueError(
+            f"{values.size} weights, {(~np.isfinite(values)).sum()} of them NaN or infinite; draw finite ones"
+        )
+    # Tails would flatten the rest.
+    low, high = np.quantile(values, [0.0005, 0.9995])
+    low, high = min(low, tables.min()), max(high, tables.max())
+    if low == high:
+        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    return np.histogram(values, bins=bins, range=(low, high), density=True)
+
+
 def check_families(what: str, families: Any) -> None:
     """Refuse lines without points.
 
@@ -46,19 +69,21 @@ def check_families(what: str, families: Any) -> None:
 
 
 def draw_lines(axes: Axes, families: Mapping[str, Iterable[tuple[float, float]]]) -> None:
-    """Draw SQNR over bits, a line for each label; what is lossless is a triangle at the top, beyond the scale."""
-    lossless = False
+    """Draw SQNR over bits, a line for each label; what is lossless is a triangle at the top, beyond the scale.
+
+    What has no signal, so that its SQNR is no number or -∞, has no place.
+    """
+    any_lossless = False
     for (label, points), (color, marker) in zip(families.items(), itertools.cycle(STYLES), strict=False):
         bits, sqnr = np.array(sorted(points), np.float64).T
-        lost = np.isfinite(sqnr)
-        axes.plot(bits[lost], sqnr[lost], color=color, marker=marker, markersize=4.5, linewidth=1.2, label=label)
+        lossy, lossless = np.isfinite(sqnr), np.isposinf(sqnr)
+        axes.plot(bits[lossy], sqnr[lossy], color=color, marker=marker, markersize=4.5, linewidth=1.2, label=label)
         axes.plot(
-            bits[~lost], np.full((~lost).sum(), 0.97), transform=axes.get_xaxis_transform(), clip_on=False,
+            bits[lossless], np.full(lossless.sum(), 0.97), transform=axes.get_xaxis_transform(), clip_on=False,
             color=color, marker="^", markersize=7, linestyle="", fillstyle="none",
         )  # fmt: skip
-        lossless |= not lost.all()
-    if lossless:
+        any_lossless |= lossless.any()
+    if any_lossless:
         axes.plot([], [], color=INK, marker="^", markersize=7, linestyle="", fillstyle="none", label="no error")
     axes.set(xlabel="bits a weight", ylabel="SQNR, dB")
-    axes.legend(frameon=False, loc="upper left", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)

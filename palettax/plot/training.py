@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from palettax._typing import Array
-from palettax.plot.look import ACCENT, FILL, INK, axes_of
+from palettax.plot.look import ACCENT, FILL, INK, axes_of, densities
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,10 +80,7 @@ def lut_trajectories(
 
 def _draw_beside(axes: Axes, values: np.ndarray, tables: np.ndarray, thickness: float) -> None:
     """The histogram of the weights on the axis of the entries, with a line where each entry ended."""
-    # As in `histogram`: tails a thousandth of the weights long are left out, entries never.
-    low, high = np.quantile(values, [0.0005, 0.9995])
-    low, high = min(low, tables.min()), max(high, tables.max())
-    density, edges = np.histogram(values, bins=80, range=(low, high), density=True)
+    density, edges = densities(values, tables, bins=80)
     beside = axes.inset_axes((1.02, 0, 0.25, 1), sharey=axes)
     beside.stairs(density, edges, orientation="horizontal", fill=True, color=FILL, linewidth=0)
     beside.hlines(tables[-1], 0, density.max(), color=ACCENT, linewidth=thickness)
@@ -91,4 +88,4 @@ def _draw_beside(axes: Axes, values: np.ndarray, tables: np.ndarray, thickness: 
     beside.set(xlim=(0, 1.05 * density.max()), xticks=[])
     beside.tick_params(left=False, labelleft=False)
     beside.spines[:].set_visible(False)
-    axes.set_ylim(low, high)
+    axes.set_ylim(edges[0], edges[-1])

@@ -199,8 +199,9 @@ def accuracy_against_size(
     axes.plot(baseline[0] / 1e6, 100 * baseline[1], marker="*", markersize=10, color=INK, linestyle="", label="float16")
     axes.margins(x=0.1, y=0.2)
     axes.set(xscale="log", xlabel="package size, MB", ylabel="accuracy, %")
-    ticks = [t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    low, high = np.log2(axes.get_xlim())
+    ticks = 2.0 ** np.arange(np.ceil(low), high, max(1, (high - low) // 8))
+    axes.set_xticks(ticks, [f"{t:.2g}" for t in ticks])
     axes.minorticks_off()
     axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)

@@ -12,7 +12,7 @@ from palettax._typing import Array
 from palettax.clustering import LutFit, kmeans_curve
 from palettax.leaf import PalettizedArray
 from palettax.leaf.scales import scaled_lut
-from palettax.plot.look import ACCENT, FILL, INK, axes_of, check_families, draw_lines
+from palettax.plot.look import ACCENT, FILL, INK, axes_of, check_families, densities, draw_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,18 +43,13 @@ def histogram(weights: Float[Array, ...], palettized: PalettizedArray, *, ax: Ax
     axes = axes_of(ax, 5.0, 2.6)
     values = np.asarray(weights, np.float64).reshape(-1)
     lut = palettized.lut if palettized.scale is None else scaled_lut(palettized)
-    if lut is None or not values.size:
+    if lut is None:
         raise ValueError(
             f"the tables of {tuple(palettized.shape)} have several scales each, so no entries in units of the weight; "
             "give a weight with one scale per table, or with none"
-            if lut is None
-            else "there are no weights to draw"
         )
     tables = np.asarray(lut, np.float64).reshape(-1, lut.shape[-2] * lut.shape[-1])[:16]
-    # Tails a thousandth of the weights long would flatten the rest; the entries are all in view.
-    low, high = np.quantile(values, [0.0005, 0.9995])
-    low, high = min(low, tables.min()), max(high, tables.max())
-    density, edges = np.histogram(values, bins=120, range=(low, high), density=True)
+    density, edges = densities(values, tables, bins=120)
     axes.stairs(density, edges, fill=True, color=FILL, linewidth=0)
     top = density.max()
     height = 0.16 * top / len(tables)
@@ -62,7 +57,7 @@ def histogram(weights: Float[Array, ...], palettized: PalettizedArray, *, ax: Ax
         bottom = -(row + 1) * height
         axes.vlines(table, bottom, bottom + 0.85 * height, color=ACCENT, linewidth=1.1 if table.size <= 64 else 0.5)
     axes.axhline(0, color=INK, linewidth=0.6)
-    axes.set(xlim=(low, high), ylim=(-0.2 * top, 1.08 * top), xlabel="weight", yticks=[])
+    axes.set(xlim=(edges[0], edges[-1]), ylim=(-0.2 * top, 1.08 * top), xlabel="weight", yticks=[])
     axes.spines[["left", "top", "right"]].set_visible(False)
     return axes
 

@@ -70,6 +70,7 @@ def attach(palette: Palettized, owner: torch.nn.Module, attribute: str) -> None:
     if f"{attribute}_mask" in owner._buffers:
         _attach_behind_pruning(palette, owner, attribute)
         return
+    _give_own_class(owner)
     parametrize.register_parametrization(owner, attribute, palette, unsafe=True)
     # Pruning wants a parameter where the parametrization has a property, and finds it in the nick of time.
     owner.register_parameter = MethodType(_make_way_for_pruning, owner)  # pyright: ignore[reportAttributeAccessIssue]
@@ -90,11 +91,16 @@ def detach(model: torch.nn.Module) -> None:
             owner.__dict__.pop("register_parameter", None)
 
 
+def _give_own_class(owner: torch.nn.Module) -> None:
+    """Set a parametrized module apart from its copies: they share the class that torch puts its properties on."""
+    own = type(owner)
+    if parametrize.is_parametrized(owner):
+        owner.__class__ = type(own.__name__, own.__bases__, dict(vars(own)))  # pyright: ignore
+
+
 def _remove_parametrization(owner: torch.nn.Module, attribute: str) -> None:
     """Put the parameter back in the place of the values that are made of it."""
-    # A copy has the class of its original, and torch takes the property off that class.
-    own = type(owner)
-    owner.__class__ = type(own.__name__, own.__bases__, dict(vars(own)))
+    _give_own_class(owner)
     parametrize.remove_parametrizations(owner, attribute, leave_parametrized=False)
 
 

@@ -67,8 +67,8 @@ class Palettized(torch.nn.Module):
         like = jax.ShapeDtypeStruct(tuple(weight.shape), numpy_dtype(weight.dtype))
         lut = jax.eval_shape(recipe.training().init, {_LEAF: like}).luts[_LEAF]
         self.register_buffer("lut", torch.zeros(lut.shape, device=weight.device))
-        for name, dtype in (("count", torch.int32), ("skipped", torch.int32), ("steps", torch.int32)):
-            self.register_buffer(name, torch.zeros((), dtype=dtype, device=weight.device))
+        for count in ("count", "skipped", "steps"):
+            self.register_buffer(count, torch.zeros((), dtype=torch.int32, device=weight.device))
         self.register_buffer("enabled", torch.zeros((), dtype=torch.bool, device=weight.device))
 
     def step(self, original: torch.Tensor, mask: torch.Tensor | None = None) -> None:
@@ -195,4 +195,7 @@ def _version(*tensors: torch.Tensor | None) -> tuple[tuple[int, int, int], ...]:
 
 
 def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    """Of the values; on another device, where it would take a copy of them all, none."""
+    if tensor.device.type != "cpu":
+        return 0
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -102,9 +102,7 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
     config.warn_unmatched(model)
     names = names_by_tensor(model)
     found: dict[int, Parameter] = {}
-    dense = {
-        name: "not the weight of a layer, and not named" for name, _ in model.named_parameters(remove_duplicate=False)
-    }
+    reasons: dict[str, str] = {}
     for place in _places(model, config):
         tensor = _tensor(place)
         if tensor is None:
@@ -114,7 +112,7 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
         unless_asked = (nn.RNNBase,) if trained else (nn.RNNBase, nn.LayerNorm)
         if choice.config is not None and by_default and isinstance(place.module, unless_asked):
             choice = Choice(None, f"of {type(place.module).__name__}, which is palettized by type or by name only")
-        dense[place.name] = choice.reason
+        reasons[place.name] = choice.reason
         if choice.config is None:
             continue
         being_pruned = _check(place, tensor, trained, choice.config.cluster_dim)
@@ -122,7 +120,7 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
             granularity = _granularity(place.name, tensor, choice.config)
         except ValueError as error:
             warn_caller(f"{place.name} {tuple(tensor.shape)} stays dense: {error}")
-            dense[place.name] = str(error)
+            reasons[place.name] = str(error)
             continue
         if id(tensor) in found and found[id(tensor)].config != choice.config:
             other = found[id(tensor)].name
@@ -139,7 +137,16 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
                 pruned=being_pruned or _was_pruned(place),
             ),
         )
+    dense = {
+        name: _reason(names[id(tensor)], reasons) for name, tensor in model.named_parameters(remove_duplicate=False)
+    }
     return Chosen(list(found.values()), {name: reason for name, reason in dense.items() if reason})
+
+
+def _reason(names: list[str], reasons: dict[str, str]) -> str:
+    """Why a parameter of these names is dense; empty if it is not."""
+    found = [reasons[name] for name in names if name in reasons]
+    return found[0] if found else "not the weight of a layer, and not named by itself"
 
 
 def _places(model: nn.Module, config: PalettizerConfig[Any]) -> Iterator[_Place]:
@@ -182,9 +189,9 @@ def _asked(config: PalettizerConfig[Any], prefix: str, attention: nn.Module, own
 
 
 def _is_named(config: PalettizerConfig[Any], name: str, module: nn.Module, tensor: torch.Tensor) -> bool:
-    """Whether more than a weight is meant by a name: a vector, or what a layer has beside it, by its very own."""
+    """Whether more than a weight is meant by a name: a vector, or what a layer has beside its own, by its very own."""
     patterns = config.module_name_configs
-    if tensor.ndim == 1 or isinstance(module, (*_WITH_WEIGHT, nn.MultiheadAttention, nn.RNNBase)):
+    if tensor.ndim <= 1 or isinstance(module, (*_WITH_WEIGHT, nn.MultiheadAttention, nn.RNNBase)):
         return name in patterns
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
@@ -196,8 +203,11 @@ def _tensor(place: _Place) -> torch.Tensor | None:
         return own[place.attribute]
     if f"{place.attribute}_orig" in own:
         return own[f"{place.attribute}_orig"]
-    computed = getattr(place.module, place.attribute, None)
-    return computed if isinstance(computed, torch.Tensor) else None
+    is_computed = any(name.startswith(f"{place.attribute}_") for name in own)
+    if is_computed or parametrize.is_parametrized(place.module, place.attribute):
+        value = getattr(place.module, place.attribute, None)
+        return value if isinstance(value, torch.Tensor) else None
+    return None
 
 
 def _check(place: _Place, tensor: torch.Tensor, trained: bool, cluster_dim: int) -> bool:
@@ -213,8 +223,8 @@ def _check(place: _Place, tensor: torch.Tensor, trained: bool, cluster_dim: int)
     if not being_pruned and attribute not in place.module._parameters:
         others = [own for own in place.module._parameters if own.startswith(f"{attribute}_")]
         raise ValueError(
-            f"{name}: it is computed from {' and '.join(others) or 'something else'} in each forward pass; make it a "
-            "parameter again, as torch.nn.utils.remove_weight_norm or remove_spectral_norm does"
+            f"{name}: it is computed from {' and '.join(others)} in each forward pass; make it a parameter again, as "
+            "torch.nn.utils.remove_weight_norm or remove_spectral_norm does, or configure it as None"
         )
     if being_pruned and not trained:
         raise ValueError(f"{name}: it is being pruned; make that permanent with torch.nn.utils.prune.remove first")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import torch
 
@@ -63,6 +64,9 @@ class DKMPalettizer:
         """
         if next(palettes_of(self._model), None) is not None:
             raise ValueError("the model is prepared already; train it, or finalize it first")
+        if not inplace:  # what torch cannot copy is refused by name
+            with warnings.catch_warnings(action="ignore"):
+                parameters_of(self._model, self._config, trained=True)
         model = self._model if inplace else copy.deepcopy(self._model)
         for parameter in parameters_of(
             model, self._config, trained=True

@@ -334,14 +334,13 @@ def test_dense_leaves_keep_their_names_and_are_moved_beforehand():
 @pytest.mark.parametrize(
     "function",
     [
-        lambda p, x: jnp.take(p["a"], x.astype(int) % 20, axis=0),
+        lambda p, x: jnp.take(p["a"], x.astype(int), axis=0, mode="fill", fill_value=7),
         lambda p, x: jnp.where(x > 0, x @ p["a"], p["c"]),
-        lambda p, x: jnp.where(x > 0, p["c"], 1.0) @ p["b"],
         lambda p, x: jnp.maximum(x @ p["a"] + p["c"], 0) * p["c"],
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*no table of the package is this weight")
-def test_constants_do_not_grow_with_the_batch(function):
+def test_constants_that_ops_broadcast_do_not_grow_with_the_batch(function):
     params, stored = SMALL | {"c": np.arange(16, dtype=np.float32)}, []
     for batch in (1, 64):
         x = np.random.default_rng(0).normal(size=(batch, 16)).astype(np.float32) * 9
@@ -366,6 +365,52 @@ def test_tables_go_back_into_a_tree():
         read_palettes(mlmodel, like={"layers": [{"kernels": params["layers"][0]["kernel"]}]})
     with pytest.raises(ValueError, match=r"\(16, 16\) in the package, and \(16,\) in `like`"):
         read_palettes(mlmodel, like={"layers": [{"kernel": params["layers"][0]["bias"]}]})
+
+
+def test_features_keep_their_names_beside_leaves_of_the_same():
+    weights = {name: np.eye(16, dtype=np.float32) * 2 for name in ("x", "output", "y")} | {"output_1": SMALL["a"]}
+    mlmodel = from_jax(lambda p, x: {"y": ((x @ p["x"] * 3) @ p["output"] * 3) @ p["y"] @ p["output_1"]}, X, weights)
+    description = mlmodel.get_spec().description
+    assert [feature.name for feature in (*description.input, *description.output)] == ["x", "y"]
+    mlmodel = from_jax(lambda p, x: jnp.tanh(x @ p["output"]), X, {"output": SMALL["b"]})
+    assert [feature.name for feature in mlmodel.get_spec().description.output] == ["output"]
+    assert set(read_palettes(mlmodel)) == {"output"}
+
+
+@pytest.mark.filterwarnings("ignore:.*no table of the package is this weight")
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda p, x: x @ p["a"] * float(p["v"][3]),
+        lambda p, x: (x @ p["a"]) / np.sqrt(p["v"] + 1),
+        lambda p, x: x @ p["a"] if p["v"][1] > 0 else x @ p["b"],
+    ],
+)
+def test_functions_may_see_the_values_of_dense_params(function):
+    params = SMALL | {"v": np.arange(16, dtype=np.float32)}
+    found = run(from_jax(function, X, params, compute_precision=ct.precision.FLOAT32), {"x": np.asarray(X)})["output"]
+    np.testing.assert_allclose(found, function(params, X), rtol=1e-5)
+
+
+def test_tied_leaves_stay_tied_when_their_tables_come_back():
+    kernel = np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
+    params = {"a": kernel, "b": kernel}
+    small = px.palettize(params, px.kmeans(2), weight_threshold=0)
+    found = read_palettes(from_jax(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], X, small), like=params)
+    assert found["a"] is found["b"]
+
+
+@pytest.mark.parametrize(
+    ("like", "message"),
+    [
+        ({"a": 1.0, "b": SMALL["b"]}, "a: it is a float in `like`"),
+        ({"a": {"b": SMALL["a"]}, "a.b": SMALL["a"]}, "a.b is the name of two leaves"),
+        ({}, "no such leaf"),
+    ],
+)
+def test_trees_that_tables_do_not_go_into(like, message):
+    with pytest.raises(ValueError, match=message):
+        read_palettes(from_jax(mlp, X, SMALL), like=like)
 
 
 def test_an_nnx_module_has_its_weights():

@@ -211,6 +211,43 @@ def test_finalizing_a_copy_leaves_the_model_in_training():
     assert model[0].weight.shape == (32, 16)
 
 
+class Doubled(torch.nn.Module):
+    def forward(self, values):
+        return 2 * values
+
+
+def test_preparing_a_copy_leaves_the_model_whole():
+    model = net()
+    torch.nn.utils.parametrize.register_parametrization(model[0], "bias", Doubled())
+    before = model(torch.ones(1, 16))
+    prepared = dkm(model, n_bits=2).prepare()
+    assert torch.equal(model(torch.ones(1, 16)), before)
+    assert not torch.equal(prepared(torch.ones(1, 16)), before)
+
+
+def test_buffers_and_scalars_are_no_weights():
+    model = net()
+    del model[0].weight
+    model[0].register_buffer("weight", torch.randn(32, 16))
+    model.register_parameter("scale", torch.nn.Parameter(torch.tensor(2.0)))
+    config = PostTrainingPalettizerConfig.from_dict({"module_name_configs": {".*": {"n_bits": 1}}})
+    small = PostTrainingPalettizer(model, config).compress()
+    assert torch.equal(small[0].weight, model[0].weight)
+    assert set(px.torch.load.tables_of(small)) == {"2.weight"}
+
+
+def test_a_shared_module_is_dense_for_one_reason():
+    shared = torch.nn.Linear(4, 4)
+    model = torch.nn.ModuleDict({"a": shared, "b": shared, "c": torch.nn.Linear(16, 16)})
+    palettizer = PostTrainingPalettizer(
+        model, PostTrainingPalettizerConfig.from_dict({"global_config": {"weight_threshold": 99}})
+    )
+    palettizer.compress()
+    reasons = {name: row.skipped for name, row in palettizer.report().items()}
+    assert "99" in reasons["a.weight"]
+    assert reasons["a.weight"] == reasons["b.weight"]
+
+
 def test_tied_parameters_stay_tied():
     model = torch.nn.ModuleDict({"in": torch.nn.Embedding(32, 16), "out": torch.nn.Linear(16, 32, bias=False)})
     model["out"].weight = model["in"].weight
@@ -244,7 +281,7 @@ def test_weights_that_are_computed_are_refused(normalize, undo):
     model = torch.nn.Sequential(getattr(torch.nn.utils, normalize)(torch.nn.Linear(16, 8)), torch.nn.Linear(8, 8))
     for palettizer in (PostTrainingPalettizer(model), dkm(model)):
         with pytest.raises(ValueError, match=rf"0\.weight: it is computed from weight_.*{undo}"):
-            getattr(palettizer, "compress" if hasattr(palettizer, "compress") else "prepare")(inplace=True)
+            getattr(palettizer, "compress" if hasattr(palettizer, "compress") else "prepare")()
     config = PostTrainingPalettizerConfig.from_dict({"module_name_configs": {"0": None, "1": {"n_bits": 1}}})
     PostTrainingPalettizer(model, config).compress(inplace=True)
     assert model[1].weight.unique().numel() == 2
@@ -271,7 +308,7 @@ def test_the_report_says_why_a_parameter_is_dense():
     palettizer.compress()
     reasons = {name: row.skipped for name, row in palettizer.report().items() if row.skipped}
     assert "0.weight" not in reasons
-    assert reasons["0.bias"] == reasons["3.weight"] == "not the weight of a layer, and not named"
+    assert reasons["0.bias"] == reasons["3.weight"] == "not the weight of a layer, and not named by itself"
     assert reasons["1.weight"] == "its 16 weights do not exceed weight_threshold=100 of global_config"
     assert reasons["2.weight"] == "module_name_configs['2'] is None"
     assert reasons["3.running_mean"] == "no parameter"
