@@ -40,7 +40,7 @@ SCRIPTS = (
     Script("bench_clustering", 6),
     Script("bench_dkm", 8),
     Script("bench_skm", 8),
-    Script("demo", 10),
+    Script("demo", 5),
     Script("export_networks", 10),
     Script("skm_lite0", 10),
     Script("skm_minilm", 15),

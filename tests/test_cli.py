@@ -285,6 +285,29 @@ def test_a_package(model, tmp_path, options):
         assert row["sqnr"] == pytest.approx(reported["sqnr"])
 
 
+def test_what_is_pruned_is_palettized_jointly(model, file, tmp_path):
+    import coremltools.optimize.coreml as theirs
+
+    from tests.coreml.coreml_programs import peer
+
+    config = theirs.OptimizationConfig(theirs.OpMagnitudePrunerConfig(target_sparsity=0.6))
+    pruned, small = tmp_path / "p.mlpackage", tmp_path / "s.mlpackage"
+    save_package(peer(theirs.prune_weights, model, config), pruned)
+    assert "Nothing was palettized" in json.loads(run("compress", pruned, small, "--json"))["remarks"][-1]
+    run("compress", pruned, small, "--joint-compression", "--nbits", 2, "--force")
+    assert {leaf.nbits for leaf in read_palettes(small).values()} == {2}
+    assert "--joint-compression is for packages" in run(
+        "compress", *[file] * 2, "--force", "--joint-compression", code=2
+    )
+
+
+def test_an_axis_of_no_groups_is_refused(model, file, tmp_path):
+    save_package(model, tmp_path / "m.mlpackage")
+    for source, out in ((tmp_path / "m.mlpackage", "s.mlpackage"), (file, "s.safetensors")):
+        assert "give --group-size too" in run("compress", source, tmp_path / out, "--channel-axis", 1, code=2)
+        run("compress", source, tmp_path / out, "--channel-axis", 1, "--group-size", 4)
+
+
 def test_outputs_of_packages_are_compared(model, tmp_path):
     packages, inputs = (tmp_path / "s.mlpackage", tmp_path / "m.mlpackage"), tmp_path / "x.npz"
     save_package(model, packages[1])
@@ -326,6 +349,22 @@ def test_outputs_alone_are_compared_of_two_conversions(tmp_path):
         "verify", packages[0], tmp_path / "y.mlpackage", "--inputs", inputs, "--outputs-only", "--tolerance", 1, code=2
     )
     assert "use the same names" in others
+
+
+def test_what_is_nan_is_not_in_order(model, tmp_path):
+    packages, inputs = (tmp_path / "s.mlpackage", tmp_path / "m.mlpackage"), tmp_path / "x.npz"
+    save_package(model, packages[1])
+    run("compress", packages[1], packages[0])
+    np.savez(inputs, x=np.full((1, 8, 3, 3), np.nan, np.float32))
+    for pair in (packages, [packages[1]] * 2):
+        assert "right: this output has another shape, or NaN" in run("verify", *pair, "--inputs", inputs, code=1)
+    weights = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    px.save(tmp_path / "clean.safetensors", {"w": weights})
+    run("compress", tmp_path / "clean.safetensors", tmp_path / "small.safetensors")
+    weights[3, 4] = np.nan
+    px.save(tmp_path / "nan.safetensors", {"w": weights})
+    printed = run("verify", tmp_path / "small.safetensors", tmp_path / "nan.safetensors", code=1)
+    assert "w: 1 of its weights are NaN or infinite in the reference" in printed
 
 
 def test_inputs_that_cannot_be_run_are_said(model, tmp_path):

@@ -85,6 +85,9 @@ def compress(
             metavar="YAML", help="In place of these: `global` and `by_path`; for packages, an OptimizationConfig."
         ),
     ] = None,
+    joint: Annotated[
+        bool, typer.Option("--joint-compression", help="Of packages: also what is pruned or quantized already.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there; it may be IN.")] = False,
 ) -> None:
@@ -106,9 +109,19 @@ def compress(
             raise ValueError(
                 f"--config says how weights are palettized; leave out {names}, or write that into {config}"
             )
-        before = size_on_disk(source)
-        work = _package if kind_of(source) == PACKAGE else _tree
-        done = work(source, out, _palette(given), config, interruption)
+        before, is_package = size_on_disk(source), kind_of(source) == PACKAGE
+        if channel_axis is not None and group_size is None and (is_package or not (channel_scale or vector_size)):
+            raise ValueError(f"--channel-axis {channel_axis} is the axis of groups; give --group-size too")
+        if is_package:
+            done = _package(source, out, _palette(given), config, joint, interruption)
+        elif joint:
+            raise ValueError(
+                f"--joint-compression is for packages, and {source} is none; zeros of a tree: px.keep_zeros"
+            )
+        else:
+            done = _tree(source, out, _palette(given), config, interruption)
+        if all(row.nbits is None for row in done.report.values()):
+            done.remarks.append(f"Nothing was palettized: {out} holds what {source} does")
         with interruption.held(f"Interrupted; {out} was written, whole"):
             done.write()
     _show(done, source, before, out, as_json)
@@ -130,7 +143,9 @@ def _tree(source: Path, out: Path, palette: Palette, config: Path | None, interr
     return _Done(report, remarks, lambda: write_tree(small, out))
 
 
-def _package(source: Path, out: Path, palette: Palette, config: Path | None, interruption: Interruption) -> _Done:
+def _package(
+    source: Path, out: Path, palette: Palette, config: Path | None, joint: bool, interruption: Interruption
+) -> _Done:
     require("palettax.coreml", "coreml")
     from palettax.coreml import OpPalettizerConfig, OptimizationConfig, compress_weights, save_package
 
@@ -152,7 +167,7 @@ def _package(source: Path, out: Path, palette: Palette, config: Path | None, int
         )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        small, report = compress_weights(source, chosen)
+        small, report = compress_weights(source, chosen, joint)
     told = [str(warning.message) for warning in caught if warning.category is UserWarning]
     # What stayed as it is stands in the report.
     remarks = [message for message in told if " stays as it is: " not in message]

@@ -120,7 +120,7 @@ class Output(NamedTuple):
         name: of the feature.
         sqnr: of the first package's values, in dB; inf where they are equal.
         error: the largest difference over the range of the second package's values.
-        sound: whether the shapes are the same, and all is finite that is so in the second package.
+        sound: whether the shapes are the same, nothing is NaN, and the same is infinite.
     """
 
     name: str
@@ -154,7 +154,7 @@ def _output(name: str, found: Any, expected: Any) -> Output:
         return Output(name, math.inf if found == expected else -math.inf, float(found != expected), True)
     one, other = (np.asarray(list(v.values()) if isinstance(v, dict) else v, np.float64) for v in (found, expected))
     finite = np.isfinite(other)
-    if one.shape != other.shape or not np.isfinite(one[finite]).all():
+    if one.shape != other.shape or np.isnan(one).any() or (one[~finite] != other[~finite]).any():
         return Output(name, -math.inf, math.inf, False)
     sqnr = report({name: other}, {name: one})[name].sqnr
     one, other = one[finite], other[finite]

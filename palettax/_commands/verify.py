@@ -129,7 +129,9 @@ def _with_outputs(verdict: _Verdict, small: Path, reference: Path, inputs: Path,
     from palettax._commands.package import compare_outputs
 
     outputs = compare_outputs(small, reference, inputs)
-    problems = [(row.name, "this output has another shape, or is NaN or infinite") for row in outputs if not row.sound]
+    problems = [
+        (row.name, "this output has another shape, or NaN, or other infinities") for row in outputs if not row.sound
+    ]
     problems += [
         (row.name, f"this output differs by {row.error:.2%} of its range, and {tolerance:.2%} are allowed")
         for row in outputs
@@ -169,6 +171,8 @@ def _check(name: str, leaf: PalettizedArray, dense: np.ndarray, problems: list[P
     far, too_far = (0, 0) if faults else misplaced(leaf, dense)
     if too_far:
         faults.append(f"{too_far} of {leaf.indices.size} indices are not those of the nearest entry")
+    if bad := int((~np.isfinite(dense)).sum()):
+        faults.append(f"{bad} of its weights are NaN or infinite in the reference")
     values = np.asarray(as_numpy(leaf).depalettize())
     if leaf.mask is not None and (other := int(((values != dense) & ~np.asarray(leaf.mask)).sum())):
         faults.append(f"{other} of its weights that have no entry are not those of the reference")

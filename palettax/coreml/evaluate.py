@@ -205,6 +205,9 @@ def _declared(op: Op, var: Any, value: Any, rounded: bool) -> Any:
 
 def _checked_inputs(inputs: Mapping[str, Any], block: Any, features: Any) -> dict[str, jax.Array]:
     """The inputs as arrays of the types that the program takes."""
+    if not isinstance(inputs, Mapping):
+        names = ", ".join(f"{name!r}: array" for name in block.inputs)
+        raise ValueError(f"inputs are a {type(inputs).__name__}; give them by name: {{{names}}}")
     if inputs.keys() != block.inputs.keys():
         raise ValueError(f"inputs are {sorted(inputs)}; the program takes {sorted(block.inputs)}")
     flexible = {feature.name: feature.type.multiArrayType for feature in features}

@@ -1,4 +1,4 @@
-"""A graph pass that moves a weight before the program would: transposed, reshaped or reversed, a table stays one."""
+"""Graph passes: one moves a weight before the program would, so that a table stays one; one keeps float16 finite."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from palettax.coreml.inject import mb, replace_op, table_op
 from palettax.coreml.moves import Move, moved
 from palettax.coreml.package import Op
 from palettax.coreml.read import table_name
-from palettax.coreml.read_table import lookup_of, read_table
+from palettax.coreml.read_table import decompresses, lookup_of, read_table
 
-FOLD_PASS = "palettax::fold_moves"
+FOLD_PASS, CLIP_PASS = "palettax::fold_moves", "palettax::clip_to_half"
+LARGEST_HALF = float(np.finfo(np.float16).max)
 _SLACK = 4096
 """Bytes of tables that are worth less than an op."""
 
@@ -39,6 +40,29 @@ class fold_moves(AbstractGraphPass):
         """Rewrite the program in place, as coremltools' passes do."""
         for function in prog.functions.values():
             _fold(function, {} if self.moves is None else self.moves, self.dense)
+
+
+@register_pass(namespace="palettax", override=True)
+class clip_to_half(AbstractGraphPass):
+    """Let no number become infinite in float16: the float32 minimum of a mask would, and zero times that is NaN."""
+
+    def apply(self, prog: Program) -> None:
+        """Rewrite the program in place, as coremltools' passes do."""
+        for function in prog.functions.values():
+            _clip(function)
+
+
+@block_context_manager
+def _clip(block: Any) -> None:
+    for op in list(block.operations):
+        for inner in op.blocks:
+            _clip(inner)
+        value: Any = op.outputs[0].val if op.op_type == "const" else None
+        if getattr(value, "dtype", None) != np.float32 or any(map(decompresses, op.outputs[0].child_ops)):
+            continue
+        clipped = np.where(np.isfinite(value), np.clip(value, -LARGEST_HALF, LARGEST_HALF), value).astype(np.float32)
+        if not np.array_equal(clipped, value, equal_nan=True):
+            replace_op(op, mb.const(val=clipped, name=op.name, before_op=op))
 
 
 @block_context_manager

@@ -19,7 +19,7 @@ from palettax._keys import warn_caller
 from palettax._paths import leaf_name, leaf_names
 from palettax._typing import Tree
 from palettax.coreml.compare import same
-from palettax.coreml.fold import FOLD_PASS
+from palettax.coreml.fold import CLIP_PASS, FOLD_PASS
 from palettax.coreml.forms import in_package, parse_target
 from palettax.coreml.inject import flushed, free_name, mb, table_op
 from palettax.coreml.moves import Move
@@ -30,6 +30,7 @@ from palettax.coreml.stablehlo import OLDEST, composite, float_leaf, named, prog
 from palettax.leaf import PalettizedArray, as_numpy, is_palettized
 from palettax.leaf.plain import check_plain
 
+_TO_HALF = "common::add_fp16_cast"
 _OF_LOOPS = "common::loop_invariant_elimination"
 """It refuses a program whose loop takes two tables."""
 _OF_CONCRETE = (
@@ -108,6 +109,8 @@ def from_jax(
     pipeline: Any = build_pass_pipeline(convert_options.pop("pass_pipeline", None))
     pipeline.remove_passes([_OF_LOOPS])
     pipeline.insert_pass(0, FOLD_PASS)
+    if tables.half:
+        pipeline.insert_pass(pipeline.passes.index(_TO_HALF), CLIP_PASS)
     pipeline.set_options(FOLD_PASS, {"moves": moves, "dense": tables.constants})
     options = {"skip_model_load": True, "compute_precision": compute_precision, **convert_options}
     with quiet():

@@ -28,8 +28,8 @@ _CHUNK = _SLAB = 1 << 20
 def fast_conversion() -> Iterator[None]:
     """Let `coremltools.convert` find the indices of palettized weights fast, until the block ends.
 
-    coremltools 9.0 recovers an index by the distances of a weight to every entry, all held at once: minutes and tens of
-    gigabytes for a large layer. Here the same indices are found by sorting the table. Sizes of traced models, which
+    coremltools 9.0 recovers an index by the distances of a weight to every entry, all held at once: time and
+    memory grow with both. Here the same indices are found by sorting the table. Sizes of traced models, which
     NumPy 2.4 made an error there, convert too. `palettax.coreml.from_torch` needs none of this.
 
     Raises:

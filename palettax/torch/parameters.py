@@ -116,15 +116,18 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
         if choice.config is None:
             continue
         being_pruned = _check(place, tensor, trained, choice.config.cluster_dim)
+        if id(tensor) in found and found[id(tensor)].config != choice.config:
+            other = found[id(tensor)].name
+            raise ValueError(
+                f"{place.name}: it is tied to {other}, which is configured differently; make them equal, by one name "
+                f"in module_name_configs for both: {place.name + '|' + other!r}"
+            )
         try:
             granularity = _granularity(place.name, tensor, choice.config)
         except ValueError as error:
             warn_caller(f"{place.name} {tuple(tensor.shape)} stays dense: {error}")
             reasons[place.name] = str(error)
             continue
-        if id(tensor) in found and found[id(tensor)].config != choice.config:
-            other = found[id(tensor)].name
-            raise ValueError(f"{place.name}: it is tied to {other}, which is configured differently; make them equal")
         found.setdefault(
             id(tensor),
             Parameter(
@@ -146,7 +149,9 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
 def _reason(names: list[str], reasons: dict[str, str]) -> str:
     """Why a parameter of these names is dense; empty if it is not."""
     found = [reasons[name] for name in names if name in reasons]
-    return found[0] if found else "not the weight of a layer, and not named by itself"
+    if not found:
+        return "not the weight of a layer, and not named by itself"
+    return found[0] if all(found) else ""
 
 
 def _places(model: nn.Module, config: PalettizerConfig[Any]) -> Iterator[_Place]:

@@ -20,7 +20,7 @@ from palettax.palettize import palettize
 from palettax.report import Report, report
 from palettax.torch.configs import PalettizerConfig, PostTrainingPalettizerConfig, SKMPalettizerConfig, checked_config
 from palettax.torch.fisher import fisher_diagonal
-from palettax.torch.load import load_into
+from palettax.torch.load import load_into, names_by_tensor
 from palettax.torch.parameters import Parameter, checked_model, parameters_of
 from palettax.torch.recipe import recipe_of
 from palettax.torch.state_dict import own_tensors, to_params
@@ -201,7 +201,9 @@ def _compress(
     before = to_params({name: tensor for name, tensor in state.items() if not tensor.is_meta})
     # Of parameters alone: buffers have no sensitivities.
     masses = None if sensitivity is None else {name: sensitivity.get(name) for name in before}
-    summary = report(before, before | leaves, sensitivity=masses, weight_threshold=0)
+    names = names_by_tensor(model)
+    now = before | {name: leaves[p.name] for p in found for name in (p.name, *names.get(id(p.tensor), []))}
+    summary = report(before, now, sensitivity=masses, weight_threshold=0)
     for name, row in summary.items():
         if row.skipped:
             summary[name] = row._replace(skipped=dense.get(name, "no parameter"))

@@ -352,6 +352,21 @@ def test_constants_that_ops_broadcast_do_not_grow_with_the_batch(function):
     assert stored[0] == stored[1]
 
 
+@pytest.mark.parametrize("fill", [np.finfo(np.float32).min, -1e9, -np.inf])
+def test_masks_of_attention_in_float16(fill):
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 8, 4, 16))
+
+    def attend(q, k, v):
+        scores = jnp.where(jnp.tril(jnp.ones((8, 8), bool)), jnp.einsum("bqhd,bkhd->bhqk", q, k), fill)
+        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v)
+
+    def masked(q, k, v):
+        return attend(q, k, v) + jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    found = run(from_jax(masked, (q, k, v)), {"q": np.asarray(q), "k": np.asarray(k), "v": np.asarray(v)})["output"]
+    assert abs(found - masked(q, k, v)).max() < 1e-2
+
+
 def test_tables_go_back_into_a_tree():
     params = {"layers": [{"kernel": np.ones((16, 16), np.float32), "bias": np.ones(16, np.float16)}]}
     kernel = random_leaf((16, 16), groups=(4, 1), nbits=4, seed=3)

@@ -163,6 +163,12 @@ def test_inputs_are_checked(tmp_path):
 
 
 @pytest.mark.usefixtures("unchecked")
+def test_inputs_have_names():
+    with pytest.raises(ValueError, match=r"inputs are a ndarray; give them by name: \{'x': array\}"):
+        run(model(), np.ones(3))
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_there_are_two_arithmetics():
     with pytest.raises(ValueError, match="arithmetic='half'; use 'float32' or 'declared'"):
         as_function(model(), arithmetic="half")

@@ -248,6 +248,23 @@ def test_a_shared_module_is_dense_for_one_reason():
     assert reasons["a.weight"] == reasons["b.weight"]
 
 
+def test_tied_parameters_are_reported_once():
+    model = torch.nn.ModuleDict({"in": torch.nn.Embedding(30, 16), "out": torch.nn.Linear(16, 30, bias=False)})
+    model["out"].weight = model["in"].weight
+    palettizer = PostTrainingPalettizer(model)
+    palettizer.compress()
+    rows = palettizer.report()
+    assert (rows["out.weight"].tied_to, rows["out.weight"].nbits) == ("in.weight", 4)
+    assert palettizer.report().nbytes == rows["in.weight"].nbytes
+    groups = {"granularity": "per_grouped_channel", "group_size": 8}
+    for names in ({"in": {"n_bits": 6}}, {"in": {"n_bits": 6}, "out": {"n_bits": 4, **groups}}):
+        config = {"global_config": {"n_bits": 4}, "module_name_configs": names}
+        with pytest.raises(ValueError, match=r"tied to in\.weight, .*'out\.weight\|in\.weight'"):
+            PostTrainingPalettizer(model, PostTrainingPalettizerConfig.from_dict(config)).compress()
+    both = PostTrainingPalettizerConfig.from_dict({"module_name_configs": {"out.weight|in.weight": {"n_bits": 1}}})
+    assert PostTrainingPalettizer(model, both).compress()["in"].weight.unique().numel() == 2
+
+
 def test_tied_parameters_stay_tied():
     model = torch.nn.ModuleDict({"in": torch.nn.Embedding(32, 16), "out": torch.nn.Linear(16, 32, bias=False)})
     model["out"].weight = model["in"].weight
