@@ -1,4 +1,4 @@
-"""Graph passes: one moves a weight before the program would, so that a table stays one; one keeps float16 finite."""
+"""A graph pass that moves a weight before the program would: transposed, reshaped or reversed, a table stays one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from coremltools.converters.mil.mil import Program
-from coremltools.converters.mil.mil.ops.defs.iOS15.elementwise_binary import elementwise_binary
 from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
 from coremltools.converters.mil.mil.passes.helper import block_context_manager
 from coremltools.converters.mil.mil.passes.pass_registry import register_pass
@@ -16,17 +15,16 @@ from palettax.coreml.inject import mb, replace_op, table_op
 from palettax.coreml.moves import Move, moved
 from palettax.coreml.package import Op
 from palettax.coreml.read import table_name
-from palettax.coreml.read_table import decompresses, lookup_of, read_table
+from palettax.coreml.read_table import lookup_of, read_table
 
-FOLD_PASS, CLIP_PASS = "palettax::fold_moves", "palettax::clip_to_half"
-LARGEST_HALF = float(np.finfo(np.float16).max)
+FOLD_PASS = "palettax::fold_moves"
 _SLACK = 4096
 """Bytes of tables that are worth less than an op."""
 
 
 @register_pass(namespace="palettax", override=True)
 class fold_moves(AbstractGraphPass):
-    """Do to every table what the program does to its weight, and store no constant repeated that ops can broadcast.
+    """Do to every table what the program does to its weight.
 
     Attributes:
         moves: an option, which is told what was done, by the op's name.
@@ -42,35 +40,11 @@ class fold_moves(AbstractGraphPass):
             _fold(function, {} if self.moves is None else self.moves, self.dense)
 
 
-@register_pass(namespace="palettax", override=True)
-class clip_to_half(AbstractGraphPass):
-    """Let no number become infinite in float16: the float32 minimum of a mask would, and zero times that is NaN."""
-
-    def apply(self, prog: Program) -> None:
-        """Rewrite the program in place, as coremltools' passes do."""
-        for function in prog.functions.values():
-            _clip(function)
-
-
-@block_context_manager
-def _clip(block: Any) -> None:
-    for op in list(block.operations):
-        for inner in op.blocks:
-            _clip(inner)
-        value: Any = op.outputs[0].val if op.op_type == "const" else None
-        if getattr(value, "dtype", None) != np.float32 or any(map(decompresses, op.outputs[0].child_ops)):
-            continue
-        clipped = np.where(np.isfinite(value), np.clip(value, -LARGEST_HALF, LARGEST_HALF), value).astype(np.float32)
-        if not np.array_equal(clipped, value, equal_nan=True):
-            replace_op(op, mb.const(val=clipped, name=op.name, before_op=op))
-
-
 @block_context_manager
 def _fold(block: Any, moves: dict[str, list[Move]], dense: Container[str]) -> None:
     for op in list(block.operations):
         for inner in op.blocks:
             _fold(inner, moves, dense)
-        _leave_to_broadcasting(op)
         while (var := _fold_one(op, moves, dense)) is not None:
             op = var.op
 
@@ -104,24 +78,6 @@ def _fold_one(op: Op, moves: dict[str, list[Move]], dense: Container[str]) -> An
     for reader in list(readers):
         replace_op(reader, var)
     return var
-
-
-def _leave_to_broadcasting(op: Op) -> None:
-    """Let ops broadcast the constant that a tile repeats to the shape of what they combine it with."""
-    if op.op_type != "tile" or op.x.val is None or op.outputs[0] in op.enclosing_block.outputs:
-        return
-    tiled, readers = op.outputs[0], op.outputs[0].child_ops
-    spread = op.x.rank == tiled.rank and all(n == 1 or n == m for n, m in zip(op.x.shape, tiled.shape, strict=True))
-    others = [[var for var in _operands(reader) if var is not tiled] for reader in readers]
-    if spread and all(any(var.shape == tiled.shape for var in vars) for vars in others):
-        replace_op(op, op.x)
-
-
-def _operands(op: Op) -> tuple[Any, ...]:
-    """What an op that broadcasts combines, element by element; nothing of other ops."""
-    if op.op_type == "select":
-        return op.a, op.b
-    return (op.inputs["x"], op.inputs["y"]) if isinstance(op, elementwise_binary) else ()
 
 
 def _move_of(op: Op) -> Move | None:

@@ -19,7 +19,8 @@ from palettax._keys import warn_caller
 from palettax._paths import leaf_name, leaf_names
 from palettax._typing import Tree
 from palettax.coreml.compare import same
-from palettax.coreml.fold import CLIP_PASS, FOLD_PASS
+from palettax.coreml.constants import BROADCAST_PASS, CLIP_PASS
+from palettax.coreml.fold import FOLD_PASS
 from palettax.coreml.forms import in_package, parse_target
 from palettax.coreml.inject import flushed, free_name, mb, table_op
 from palettax.coreml.moves import Move
@@ -109,7 +110,8 @@ def from_jax(
     pipeline: Any = build_pass_pipeline(convert_options.pop("pass_pipeline", None))
     pipeline.remove_passes([_OF_LOOPS])
     pipeline.insert_pass(0, FOLD_PASS)
-    if tables.half:
+    pipeline.insert_pass(0, BROADCAST_PASS)
+    if compute_precision in (None, ct.precision.FLOAT16):
         pipeline.insert_pass(pipeline.passes.index(_TO_HALF), CLIP_PASS)
     pipeline.set_options(FOLD_PASS, {"moves": moves, "dense": tables.constants})
     options = {"skip_model_load": True, "compute_precision": compute_precision, **convert_options}

@@ -68,9 +68,8 @@ class DKMPalettizer:
             with warnings.catch_warnings(action="ignore"):
                 parameters_of(self._model, self._config, trained=True)
         model = self._model if inplace else copy.deepcopy(self._model)
-        for parameter in parameters_of(
-            model, self._config, trained=True
-        ).palettized:  # all of them are found before one changes
+        found = parameters_of(model, self._config, trained=True).palettized  # all of them before one changes
+        for parameter in found:
             _attach(parameter)
         follow_parametrizations(model)
         for palette in palettes_of(model):

@@ -84,10 +84,13 @@ def test_fake_palettization_can_be_turned_on_and_off():
 def test_a_frozen_weight_has_a_palette_and_stays_as_it_is():
     model = layer()
     model.weight.requires_grad_(False)
-    before = model.weight.clone()
-    palettizer = trained(model)
+    palettizer, prepared_model = prepared(model)
+    optimizer = torch.optim.SGD(prepared_model.parameters(), 0.1)
+    prepared_model(torch.eye(8)).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(prepared_model.parametrizations.weight.original, model.weight)
+    assert not torch.equal(prepared_model.bias, model.bias)
     small = palettizer.finalize()
-    assert torch.equal(model.weight, before)
     assert small.weight.unique().numel() == 4
 
 
