@@ -33,6 +33,9 @@ def hard(nbits=2, **options):
 
 MAKES = {"dkm": soft, "straight through": hard}
 both = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
+adjoints = pytest.mark.parametrize(
+    "adjoint", [px.Implicit(), px.Unrolled(), px.OneStep()], ids=lambda adjoint: type(adjoint).__name__
+)
 
 
 def tree(weights=WEIGHTS):
@@ -143,7 +146,7 @@ def test_at_zero_values_are_what_is_stored(kind):
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 0.0])
-@pytest.mark.parametrize("adjoint", [px.Implicit(), px.Unrolled(), px.OneStep()], ids=lambda a: type(a).__name__)
+@adjoints
 def test_in_the_cold_a_cell_moves_as_one(adjoint, temperature):
     """Σ values · upstream moves by the mean of upstream over the cell."""
     transform = soft(temperature=temperature, adjoint=adjoint)
@@ -236,10 +239,13 @@ def entries_of_use(state, weights):
     return len(np.unique(cells(weights, table(state))))
 
 
-@pytest.mark.parametrize(
+silent = pytest.mark.parametrize(
     "start", [np.zeros(8), np.full(8, 0.3), np.r_[-1.0, np.full(7, 50.0)], np.r_[np.zeros(7), 1e6]],
     ids=["zeros", "equal", "far", "one far"],
 )  # fmt: skip
+
+
+@silent
 @both
 def test_entries_that_say_nothing_are_put_to_use(make, start):
     transform = make(3)
@@ -248,6 +254,15 @@ def test_entries_that_say_nothing_are_put_to_use(make, start):
         _, state = updated(transform, WEIGHTS, state)
     assert len(np.unique(table(state))) == 8
     assert len(np.unique(cells(WEIGHTS, table(state)))) == 8
+
+
+@silent
+@adjoints
+def test_entries_that_say_nothing_leave_the_gradient_finite(adjoint, start):
+    transform = soft(3, adjoint=adjoint)
+    gradient = pull(transform, WEIGHTS, with_lut(transform.init({"w": WEIGHTS}), start))
+    assert np.isfinite(gradient).all()
+    assert gradient.any()
 
 
 @settings(max_examples=10)
