@@ -42,7 +42,7 @@ class Rounding:
         if self.dtype is not None and self.has_levels:
             numbers, step = self._levels(lut)
             return jnp.asarray(stored_levels(numbers, self.dtype)), step
-        return (lut if self.dtype is None else lut.astype(self.dtype)).astype(self.step_dtype), None
+        return (lut if self.dtype is None else rounded(lut, self.dtype)).astype(self.step_dtype), None
 
     def __call__(self, lut: Float[jax.Array, "k d"], zero: Any) -> Float[jax.Array, "k d"]:
         """The table as it will be read back from storage; its gradient is that of the table."""
@@ -52,12 +52,10 @@ class Rounding:
         fixed = jax.lax.stop_gradient(lut)
         if self.has_levels:
             numbers, step = self._levels(fixed)
-            read = numbers.astype(self.step_dtype) * step
-            if self.step_dtype == jnp.bfloat16:  # XLA leaves out the cast and the way back, and with them the rounding
-                read = jax.lax.reduce_precision(read.astype(lut.dtype), 8, 7)
+            read = rounded(numbers * step.astype(lut.dtype), self.step_dtype)
         else:
-            read = fixed.astype(self.dtype)
-        return lut + (read.astype(lut.dtype) - fixed)
+            read = rounded(fixed, self.dtype)
+        return lut + (read - fixed)
 
     @property
     def has_levels(self) -> bool:
@@ -74,7 +72,7 @@ class Rounding:
         step = jnp.maximum(step, jnp.finfo(self.step_dtype).tiny)
         numbers = jnp.clip(lut / step.astype(lut.dtype), low, high)
         integer = dtype in (np.int8, np.uint8)
-        return jnp.round(numbers) if integer else numbers.astype(dtype).astype(lut.dtype), step
+        return jnp.round(numbers) if integer else rounded(numbers, dtype), step
 
 
 def _pinned(lut: jax.Array, zero: Any) -> jax.Array:
@@ -82,6 +80,21 @@ def _pinned(lut: jax.Array, zero: Any) -> jax.Array:
         return lut
     nearest = jnp.arange(lut.shape[0]) == abs(lut[:, 0]).argmin()
     return jnp.where((zero & nearest)[:, None], 0, lut)
+
+
+def rounded(values: Float[jax.Array, "*shape"], dtype: np.dtype) -> Float[jax.Array, "*shape"]:
+    """What a cast to a float dtype and back gives. XLA may leave out such a pair, and with it the rounding.
+
+    Args:
+        values: float32 or float64.
+        dtype: a float; one as wide as that of the values changes nothing. What overflows becomes infinite.
+    """
+    narrow, wide = jnp.finfo(dtype), jnp.finfo(values.dtype)
+    if narrow.nmant >= wide.nmant:
+        return values
+    spacing = jnp.maximum(jnp.frexp(values)[1] - 1, narrow.minexp) - narrow.nmant
+    nearest = jnp.ldexp(jnp.round(jnp.ldexp(values, -spacing)), spacing)
+    return jnp.where(abs(nearest) > float(narrow.max), jnp.copysign(jnp.inf, values), nearest)
 
 
 def narrow_dtype(dtype: Any) -> np.dtype | None:

@@ -33,8 +33,8 @@ def from_torch(
     """Convert a module with its palettized weights; nothing is clustered and no index is searched.
 
     Args:
-        model: the module; it is copied, and the copy is converted in eval mode.
-        example_inputs: a tensor or a tuple of them.
+        model: the module, on any device; it is copied, and the copy is converted in eval mode.
+        example_inputs: a tensor or a tuple of them, on any device.
         palettized: leaves by dotted torch name, or nested dicts of them, in torch's layout; `PalettizedArray` or
             dense. Parameters it does not name keep the model's own weights. None: the tables that the model carries in
             its `_COREML_` buffers, as `load_into` and palettizers leave them.
@@ -71,7 +71,7 @@ def from_torch(
     held = {name: in_package(leaf, target) if is_palettized(leaf) else leaf for name, leaf in leaves.items()}
     model, tables = _prepare(model, held)
     example_inputs = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
-    example_inputs = tuple(x.float() if _is_foreign(x) else x for x in example_inputs)
+    example_inputs = tuple(_on_cpu(x.float() if _is_foreign(x) else x) for x in example_inputs)
     options = {"skip_model_load": True, "compute_precision": compute_precision, **convert_options}
     options["minimum_deployment_target"] = target
     # Parameters that keep tables of their own, in the buffers of the model, are left to coremltools.
@@ -81,11 +81,20 @@ def from_torch(
 
 def _prepare(model: torch.nn.Module, leaves: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, PalettizedArray]]:
     """A copy of the model with the weights in it, in a float type that Core ML has, and the tables in the same type."""
-    model = copy.deepcopy(model).eval()
+    model = _on_cpu(copy.deepcopy(model).eval())
     if any(map(_is_foreign, tensors_by_name(model).values())):
         model = model.float()
     written = write_weights(model, leaves)
     return model, {name: leaf for name, leaf in written.items() if is_palettized(leaf)}
+
+
+def _on_cpu(value: Any) -> Any:
+    """A tensor, or a module in place, off the GPU, where what the converter makes of it would meet it."""
+    if isinstance(value, torch.nn.Module):
+        tensors = tensors_by_name(value).values()
+    else:
+        tensors = [value] if isinstance(value, torch.Tensor) else []
+    return value.cpu() if any(t.device.type not in ("cpu", "meta") for t in tensors) else value
 
 
 def _is_foreign(value: Any) -> bool:

@@ -9,7 +9,7 @@ import palettax as px
 from palettax.clustering.attention import Points
 from palettax.clustering.levels import level_values
 from palettax.clustering.repair import repaired
-from palettax.clustering.rounding import Rounding, narrow_dtype
+from palettax.clustering.rounding import Rounding, narrow_dtype, rounded
 from palettax.clustering.soft import Way, soft_row
 from tests.clustering.soft_reference import EPS
 from tests.clustering.test_soft_gradients import MANY, adjoints, many, problem
@@ -422,6 +422,20 @@ def test_half_tables_are_casts(dtype):
     assert (stored.dtype, step) == (np.dtype(dtype), None)
     np.testing.assert_array_equal(stored, lut.astype(dtype))
     np.testing.assert_array_equal(rounds(lut, None), lut.astype(dtype).astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_rounding_is_a_cast_and_back(dtype):
+    """Of every float16, of halves of the spacing between floats, and of what overflows."""
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    finite = halves[np.isfinite(halves)]
+    values = np.concatenate([finite, finite * np.float32(1 + 2**-11), finite * 2.0**-20, np.float32([1e-30, 3e38])])
+    with np.errstate(over="ignore"):
+        expected = values.astype(dtype).astype(np.float32)
+    expected = np.where(
+        np.isnan(expected), np.copysign(np.float32(np.inf), values), expected
+    )  # a float8 without infinity
+    np.testing.assert_array_equal(jax.jit(lambda x: rounded(x, np.dtype(dtype)))(values), expected)
 
 
 def test_no_rounding():
