@@ -20,9 +20,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A fresh file to write to, which takes the place of the one at the path when the block ends well.
 
     Args:
-        path: where the file is to be; its folder exists.
+        path: where the file is to be.
+
+    Raises:
+        FileNotFoundError: its folder does not exist.
     """
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {target.name}: there is no folder {os.fspath(target.parent)!r}")
     # Neither a temporary file nor what safetensors writes is readable by others, as any new file may be.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         fresh = Path(folder) / target.name

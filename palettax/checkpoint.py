@@ -39,6 +39,7 @@ def save(path: str | os.PathLike[str], tree: Tree) -> None:
 
     Raises:
         ValueError: a leaf that is no array of numbers or breaks its invariants, or a dict key of another type.
+        FileNotFoundError: there is no folder for the file.
 
     Example:
         >>> import os, tempfile, jax, palettax as px
@@ -66,6 +67,7 @@ def load(path: str | os.PathLike[str]) -> Tree:
 
     Raises:
         FileNotFoundError: there is no such file.
+        IsADirectoryError: it is a folder, as an .mlpackage is.
         ValueError: the file is truncated, is no safetensors file, or was not written by `save`.
 
     Example:
@@ -75,6 +77,11 @@ def load(path: str | os.PathLike[str]) -> Tree:
         ...     px.load(os.path.join(folder, "tree.safetensors"))
         {'layers': [array([0, 1, 2])]}
     """
+    if Path(path).is_dir():
+        raise IsADirectoryError(
+            f"{os.fspath(path)!r} is a folder; load reads what save wrote, "
+            "and palettax.coreml.read_palettes the tables of an .mlpackage"
+        )
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {os.fspath(path)!r}")
     try:

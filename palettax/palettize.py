@@ -52,7 +52,7 @@ def palettize(
         ((64, 64), 4.125, (64,))
     """
     if not isinstance(transform, PaletteTransformation):
-        raise ValueError(f"transform is a {type(transform).__name__}; give one, such as kmeans(4) or by_path([...])")
+        raise ValueError(f"transform={transform!r:.50}; give one, such as kmeans(4) or by_path([...])")
     if nonfinite not in ("raise", "keep"):
         raise ValueError(f'nonfinite={nonfinite!r}; choose "raise" or "keep"')
 

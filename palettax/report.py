@@ -103,7 +103,7 @@ def report(
         A dict from path to `LeafReport`; `print` shows it as a table.
 
     Raises:
-        ValueError: the trees have different structures.
+        ValueError: the trees have different structures, or stand in the other order.
 
     Example:
         >>> import jax, palettax as px
@@ -118,6 +118,8 @@ def report(
     except ValueError:
         raise ValueError(f"params and palettized are different trees: {difference(treedef, palettized)}") from None
     names = leaf_names([path for path, _ in paths])
+    if any(is_palettized(before) for _, before in paths) and not any(map(is_palettized, after)):
+        raise ValueError("params is palettized and palettized is not; the order is report(params, palettized)")
     masses = (
         [None] * len(paths) if sensitivity is None else aligned(treedef, shared(params, sensitivity), "sensitivity")
     )

@@ -264,8 +264,10 @@ def test_a_tensor_that_is_missing(saved):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*nothing\.safetensors"):
         px.load(tmp_path / "nothing.safetensors")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(IsADirectoryError, match=r"read_palettes the tables of an \.mlpackage"):
         px.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
+        px.save(tmp_path / "nowhere" / "tree.safetensors", {})
 
 
 class Unwilling:

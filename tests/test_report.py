@@ -141,6 +141,12 @@ def test_a_tree_that_was_palettized_before():
     assert leaf.sqnr == pytest.approx(10 * np.log10(np.sum(before**2.0) / np.sum((before - after) ** 2.0)), rel=1e-6)
 
 
+def test_arguments_in_the_other_order():
+    params = {"w": np.float32([[0, 1], [2, 3]])}
+    with pytest.raises(ValueError, match=r"the order is report\(params, palettized\)"):
+        px.report(px.palettize(params, px.kmeans(2), weight_threshold=0), params)
+
+
 @pytest.mark.parametrize("other", [{}, {"w": 1.0}, [1.0, 2.0], {"a": 1.0, "b": {"c": 1.0}, "d": 1.0}])
 def test_trees_that_do_not_match(other):
     with pytest.raises(ValueError, match="params and palettized are different trees"):

@@ -213,12 +213,10 @@ def by_path(rules: Sequence[tuple[str, PaletteTransformation | None]]) -> Palett
         (8, 4, (64, 64))
     """
     if isinstance(rules, Mapping) or not all(isinstance(rule, tuple | list) and len(rule) == 2 for rule in rules):
-        raise ValueError(f"rules are {rules!r}; give a list of (regex, transform or None)")
+        raise ValueError(f"rules are of type {type(rules).__name__}; give a list of (regex, transform or None)")
     for pattern, transform in rules:
         if not (transform is None or isinstance(transform, PaletteTransformation)):
-            raise ValueError(
-                f"rule {pattern!r} has a {type(transform).__name__}; give a transform, such as kmeans(4), or None"
-            )
+            raise ValueError(f"rule {pattern!r} has {transform!r:.50}; give a transform, such as kmeans(4), or None")
     patterns = [_compiled(pattern) for pattern, _ in rules]
     unmatched = len(rules)
 
