@@ -73,7 +73,7 @@ def ours(case: Case) -> Callable[[], object]:
     return run
 
 
-def coremltools_side(case: Case) -> Callable[[], object]:
+def coremltools_side(case: Case, device: str = "cpu") -> Callable[[], object]:
     """A step of its DKM layer; the first clusters the weights."""
     import torch
     from coremltools.optimize.torch.palettization import DKMPalettizer, DKMPalettizerConfig
@@ -82,8 +82,8 @@ def coremltools_side(case: Case) -> Callable[[], object]:
     layer.weight.data = torch.from_numpy(weights_of(case.side))
     options = {"n_bits": case.nbits, "weight_threshold": 10, "kmeans_max_iter": case.max_steps}
     config = DKMPalettizerConfig.from_dict({"global_config": options})
-    model = DKMPalettizer(torch.nn.Sequential(layer), config).prepare()
-    inputs = torch.from_numpy(inputs_of(case.side))
+    model = DKMPalettizer(torch.nn.Sequential(layer).to(device), config).prepare()
+    inputs = torch.from_numpy(inputs_of(case.side)).to(device)
 
     def run() -> object:
         model.zero_grad()

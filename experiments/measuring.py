@@ -11,6 +11,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import jax
+
 
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -48,4 +50,9 @@ def machine(*packages: str) -> str:
         "",
     )
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    return f"{model or platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}."
+    device = jax.devices()[0]
+    accelerator = "" if device.platform == "cpu" else f", {device.device_kind}"
+    return (
+        f"{model or platform.machine()}, {os.cpu_count()} cores{accelerator}; "
+        f"Python {platform.python_version()}, {versions}."
+    )

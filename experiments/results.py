@@ -9,6 +9,7 @@ whether any did.
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import time
@@ -23,16 +24,18 @@ LIMIT = 30
 
 
 class Script(NamedTuple):
-    """A script, how many minutes it takes on two cores, and whether it needs the MNIST files."""
+    """A script, how many minutes it takes on two cores, and whether it needs the MNIST files, or a GPU."""
 
     name: str
     minutes: int
     data: bool = False
+    gpu: bool = False
 
 
 SCRIPTS = (
     Script("rounding", 1),
     Script("bench_torch", 1),
+    Script("bench_gpu", 2, gpu=True),
     Script("bench_fisher", 2),
     Script("figures", 4),
     Script("skm_inertia", 4),
@@ -56,6 +59,8 @@ def why_not(script: Script, options: argparse.Namespace) -> str:
     """Why a script is left out; empty if it is not."""
     if script.data and options.data is None:
         return "it needs the four MNIST files: give --data"
+    if script.gpu and shutil.which("nvidia-smi") is None:
+        return "it needs a GPU"
     if script.minutes >= LIMIT and not options.all:
         return f"it takes about {script.minutes} minutes: give --all"
     return ""

@@ -17,6 +17,7 @@ import itertools
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -197,7 +198,8 @@ def torch_result_of(run: Run, data: Path, steps: int) -> dict[str, float]:
     leaves = px.torch.from_flax(
         nnx.state(flax_model, nnx.Any(nnx.Param, nnx.BatchStat)), flattened={"dense1": FEATURE_MAP}
     )
-    twin = px.torch.load_into(torch_twin(), leaves)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    twin = px.torch.load_into(torch_twin(), leaves).to(device)
     layer = {"n_bits": run.nbits, "weight_threshold": THRESHOLD}
     layers = ["conv2"] if run.setting == "one layer" else ["conv1", "conv2", "dense1", "dense2"]
     config = library.DKMPalettizerConfig.from_dict({"module_name_configs": dict.fromkeys(layers, layer)})
@@ -211,8 +213,9 @@ def torch_result_of(run: Run, data: Path, steps: int) -> dict[str, float]:
     start = time.perf_counter()
     for rows in batches(run.seed + 100, steps, len(digits.train_images)):
         optimizer.zero_grad()
-        images = torch.from_numpy(digits.train_images[rows].transpose(0, 3, 1, 2))
-        loss = torch.nn.functional.nll_loss(model(images), torch.from_numpy(digits.train_labels[rows]).long())
+        images = torch.from_numpy(digits.train_images[rows].transpose(0, 3, 1, 2)).to(device)
+        labels = torch.from_numpy(digits.train_labels[rows]).long().to(device)
+        loss = torch.nn.functional.nll_loss(model(images), labels)
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -220,7 +223,8 @@ def torch_result_of(run: Run, data: Path, steps: int) -> dict[str, float]:
     seconds = time.perf_counter() - start
     hard = palettizer.finalize().eval()
     with torch.no_grad():
-        scores = [hard(torch.from_numpy(part.transpose(0, 3, 1, 2))) for part in np.split(digits.test_images, 20)]
+        parts = np.split(digits.test_images.transpose(0, 3, 1, 2), 20)
+        scores = [hard(torch.from_numpy(part).to(device)).cpu() for part in parts]
     hits = torch.cat(scores).argmax(dim=1).numpy() == digits.test_labels
     return {"accuracy": float(hits.mean()), "seconds": seconds}
 
@@ -231,7 +235,7 @@ def post_training(run: Run) -> px.PaletteTransformation:
     return px.by_path([("conv2/kernel", inner)]) if run.setting == "one layer" else inner
 
 
-def summary(found: dict[str, dict[str, float]]) -> str:
+def summary(found: dict[str, dict[str, Any]]) -> str:
     """Mean and standard deviation over the seeds, in per cent."""
 
     def cell(setting: str, nbits: int, method: str) -> str:
@@ -249,7 +253,13 @@ def summary(found: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def draw(found: dict[str, dict[str, float]]) -> None:
+def machines(found: dict[str, dict[str, Any]]) -> str:
+    """Where the networks were trained, and how many."""
+    counts = Counter(result["machine"] for result in found.values())
+    return "\n".join(f"{count} networks: {name}" for name, count in counts.most_common())
+
+
+def draw(found: dict[str, dict[str, Any]]) -> None:
     """Accuracy against bits for every method."""
     import matplotlib
 
@@ -290,11 +300,11 @@ def main() -> None:
     wanted = [run for run in runs() if all(word.strip() in run.name for word in options.only.split(","))]
     for run in track([run for run in wanted if run.name not in found], description="networks"):
         measure = torch_result_of if run.method in (TORCH, PEER) else result_of
-        found[run.name] = measure(run, options.data, options.steps)
+        found[run.name] = {**measure(run, options.data, options.steps), "machine": machine("jax", "flax", "optax")}
         print(run.name, found[run.name], flush=True)
         if not trial:
             RESULTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    text = f"{summary(found)}\n{machine('jax', 'flax', 'optax')}\n"
+    text = f"{summary(found)}\n{machines(found)}\n"
     print(text)
     if not trial:
         HERE.with_suffix(".md").write_text(text)
