@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -27,4 +28,12 @@ def few_memory_maps():
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        gc.unfreeze()
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect():
+    """Every conversion by coremltools collects garbage: a second each time, if all that was compiled is looked through."""
+    gc.collect()
+    gc.freeze()
