@@ -34,6 +34,6 @@ def few_memory_maps():
 
 @pytest.fixture(scope="module", autouse=True)
 def little_to_collect():
-    """Every conversion by coremltools collects garbage: a second each time, if all that was compiled is looked through."""
+    """Every conversion by coremltools collects garbage, and would look through all that was compiled before."""
     gc.collect()
     gc.freeze()
