@@ -49,6 +49,8 @@ def save(path: str | os.PathLike[str], tree: Tree) -> None:
         ...     px.load(os.path.join(folder, "small.safetensors"))["w"].nbits
         2
     """
+    if isinstance(tree, str | os.PathLike):
+        raise ValueError(f"the tree is {os.fspath(tree)!r}; the order is save(path, tree)")
     contents = _Contents([], {}, {})
     structure = _describe(tree, (), contents)
     header = {"format": FORMAT, "structure": json.dumps(structure), "leaves": json.dumps(contents.leaves)}

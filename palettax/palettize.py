@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from palettax._typing import Tree, is_traced
-from palettax.leaf import depalettize
+from palettax.leaf import depalettize, is_palettized
 from palettax.transforms import PaletteTransformation, masked
-from palettax.transforms.base import map_leaves
+from palettax.transforms.base import check_transform, map_leaves
 
 WEIGHT_THRESHOLD = 2048
 
@@ -41,8 +42,8 @@ def palettize(
 
     Raises:
         ValueError: naming the leaf, what was found and what to do: integer leaves above the threshold, NaN or
-            infinities, a group size that does not divide its axis, a regex that matches no leaf, a sensitivity that is
-            negative or of another shape.
+            infinities (under `jit` their lut is NaN instead), a group size that does not divide its axis, a regex that
+            matches no leaf, a sensitivity that is negative or of another shape; or params that are no tree of arrays.
 
     Example:
         >>> import jax, palettax as px
@@ -51,8 +52,13 @@ def palettize(
         >>> small["kernel"].indices.shape, small["kernel"].bits_per_weight, small["bias"].shape
         ((64, 64), 4.125, (64,))
     """
-    if not isinstance(transform, PaletteTransformation):
-        raise ValueError(f"transform={transform!r:.50}; give one, such as kmeans(4) or by_path([...])")
+    leaves = jax.tree.leaves(params, is_leaf=is_palettized)
+    if len(leaves) == 1 and leaves[0] is params and not hasattr(params, "dtype"):
+        raise ValueError(
+            f"params is of type {type(params).__name__}, no tree of arrays; pass the parameters themselves: "
+            "px.torch.to_params(model.state_dict()), nnx.state(model, nnx.Param), or what Linen's init returned"
+        )
+    check_transform("transform", transform)
     if nonfinite not in ("raise", "keep"):
         raise ValueError(f'nonfinite={nonfinite!r}; choose "raise" or "keep"')
 

@@ -155,6 +155,8 @@ def _note(leaf: LeafReport) -> str:
         words = [f"dense: {leaf.skipped}" if leaf.nbytes == leaf.nbytes_before else leaf.skipped]
     else:
         words = [f"{leaf.nbits} bits", f"{int(np.prod(leaf.groups))} lut"]
+        if np.isnan(leaf.sqnr):
+            words.append("NOT FINITE: the weights held NaN or infinities")
     if leaf.unweighted:
         words.append(f"sensitivity is zero in {leaf.unweighted}: unweighted there")
     return ", ".join([*words, f"tied to {leaf.tied_to}"] if leaf.tied_to else words)

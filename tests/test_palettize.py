@@ -210,7 +210,7 @@ def test_palettized_leaves_that_no_transform_acts_on_are_kept():
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("transform", [px.kmeans, 4, {"w": 4}])
 def test_what_is_no_transform(transform):
-    with pytest.raises(ValueError, match=r"give one, such as kmeans\(4\)"):
+    with pytest.raises(ValueError, match=r"give a transform, such as kmeans\(4\)"):
         px.palettize({"w": np.ones((64, 64), np.float32)}, transform)
     with pytest.raises(ValueError, match=r"give a list of \(regex, transform or None\)|give a transform"):
         px.by_path({"w": transform} if transform is px.kmeans else [("w", transform)])
@@ -223,3 +223,18 @@ def test_a_palettized_leaf_is_palettized_anew():
     expected = px.palettize(px.depalettize(three), px.kmeans(1))
     assert again["w"].nbits == 1
     np.testing.assert_array_equal(px.depalettize(again)["w"], px.depalettize(expected)["w"])
+
+
+@pytest.mark.parametrize("params", ["model.safetensors", len, object()], ids=["str", "function", "object"])
+@pytest.mark.usefixtures("unchecked")
+def test_params_that_are_no_tree(params):
+    with pytest.raises(ValueError, match="no tree of arrays"):
+        px.palettize(params, px.kmeans(4))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_tree_map_does_to_indices_is_noticed():
+    small = px.palettize({"w": np.float32(np.eye(8))}, px.kmeans(1), weight_threshold=0)
+    halved = jax.tree.map(lambda leaf: leaf.astype(np.float16), small)
+    with pytest.raises(ValueError, match="indices are float16, not uint8"):
+        px.depalettize(halved)

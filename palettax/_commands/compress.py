@@ -59,25 +59,29 @@ def compress(
         Path, typer.Argument(metavar="OUT", help="An .mlpackage from one; else .safetensors, or .pt from one.")
     ],
     nbits: Annotated[
-        int | None, typer.Option(metavar="N", help="Bits of an index: 1, 2, 3, 4, 6 or 8; else 4.", show_default=False)
+        int | None,
+        typer.Option(metavar="N", help="Bits of an index: 1, 2, 3, 4, 6 or 8.", show_default="4"),
     ] = None,
     mode: Annotated[
-        _Mode | None, typer.Option(metavar="NAME", help="kmeans, uniform or unique; else kmeans.", show_default=False)
+        _Mode | None,
+        typer.Option(metavar="NAME", help="kmeans, uniform or unique.", show_default="kmeans"),
     ] = None,
     group_size: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Channels that share a table; else all.", show_default=False)
+        int | None,
+        typer.Option(min=1, metavar="N", help="Channels that share a table.", show_default="all"),
     ] = None,
     channel_axis: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Axis of the channels; else that of the outputs.", show_default=False),
+        typer.Option(metavar="N", help="Axis of the channels.", show_default="that of the outputs"),
     ] = None,
     vector_size: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Weights that share an index; else 1.", show_default=False)
+        int | None,
+        typer.Option(min=1, metavar="N", help="Weights that share an index.", show_default="1"),
     ] = None,
     channel_scale: Annotated[bool, typer.Option("--channel-scale", help="A scale for each channel.")] = False,
     weight_threshold: Annotated[
         int | None,
-        typer.Option(min=0, metavar="N", help="So many weights or fewer stay dense; else 2048.", show_default=False),
+        typer.Option(min=0, metavar="N", help="So many weights or fewer stay dense.", show_default="2048"),
     ] = None,
     config: Annotated[
         Path | None,

@@ -85,6 +85,10 @@ def verify(
             verdict = _packages(small, reference) if kinds[0] else _trees(small, reference)
         if inputs is not None:
             verdict = _with_outputs(verdict, small, reference, inputs, tolerance)
+        if not (verdict.palettized or verdict.problems or verdict.outputs):
+            raise ValueError(
+                f"{small} has no tables to verify; its {verdict.identical} weights are those of {reference}"
+            )
     ok = not verdict.problems
     if as_json:
         print_json({

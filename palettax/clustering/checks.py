@@ -21,13 +21,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 def check_nbits(nbits: int) -> None:
     """Refuse widths that Core ML cannot hold."""
     if isinstance(nbits, bool) or not isinstance(nbits, int | np.integer) or nbits not in NBITS:
-        raise ValueError(f"nbits={nbits!r}; an index has one of {NBITS} bits: pick one of those")
+        raise ValueError(f"nbits={nbits!r:.60}; an index has one of {NBITS} bits: pick one of those")
 
 
 def check_weights(weights: Any) -> None:
     """Refuse what is no float array with elements."""
-    if not hasattr(weights, "dtype") or not hasattr(weights, "shape"):
-        raise ValueError(f"weights are a {type(weights).__name__}; pass a NumPy or JAX array")
+    if not hasattr(weights, "dtype") or not hasattr(weights, "shape") or callable(getattr(weights, "size", None)):
+        raise ValueError(f"weights are of type {type(weights).__name__}; pass a NumPy or JAX array")
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         raise ValueError(f"weights are {weights.dtype}; only floats have a palette: cast them or leave them out")
     if weights.dtype not in FLOATS:

@@ -133,6 +133,11 @@ class PalettizedArray:
 
     def depalettize(self) -> Float[Array, ...]:
         """The dense weight in `dtype`, computed in it; NumPy when every part is NumPy."""
+        if self.indices.dtype != np.uint8:
+            raise ValueError(
+                f"indices are {self.indices.dtype}, not uint8: what was mapped over the tree changed them too; give "
+                "jax.tree.map is_leaf=lambda leaf: isinstance(leaf, px.PalettizedArray), or depalettize first"
+            )
         xp = np if all(isinstance(part, np.ndarray) for part in jax.tree.leaves(self)) else jnp
         k, vector_size = self.lut.shape[-2:]
         group = dense.group_numbers(xp, self.groups, self.indices.shape)

@@ -80,7 +80,10 @@ class DKMPalettizer:
 
     def step(self) -> None:
         """Count a step: a palette whose milestone it is starts now. Call it after the optimizer's step."""
-        for palette in palettes_of(self._model):
+        palettes = list(palettes_of(self._model))
+        if not palettes:
+            warn_caller("the model has no palettes; call prepare, and train what it returns")
+        for palette in palettes:
             palette.step()
 
     def enable_fake_palett(self, flag: bool) -> None:

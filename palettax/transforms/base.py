@@ -49,6 +49,15 @@ class PaletteTransformation(NamedTuple):
     update: UpdateFunction
     finalize: FinalizeFunction
 
+    def __repr__(self) -> str:
+        return "PaletteTransformation()"  # what its functions close over has no short name
+
+
+def check_transform(role: str, transform: Any) -> None:
+    """Refuse what is no transform where one is wanted; `role` is what it was given as."""
+    if not isinstance(transform, PaletteTransformation):
+        raise ValueError(f"{role} is {transform!r:.60}; give a transform, such as kmeans(4)")
+
 
 class MaskedNode:
     """Stands where a leaf is hidden from a transform: a pytree without leaves."""

@@ -13,7 +13,14 @@ import numpy as np
 from palettax._typing import Array, Tree, is_traced
 from palettax.clustering.checks import as_host, float64_stays
 from palettax.leaf import PalettizedArray, as_numpy, channel_axes, depalettize, is_palettized, multiply_scales
-from palettax.transforms.base import PaletteTransformation, is_stateful, map_leaves, shared, with_gradient_of
+from palettax.transforms.base import (
+    PaletteTransformation,
+    check_transform,
+    is_stateful,
+    map_leaves,
+    shared,
+    with_gradient_of,
+)
 from palettax.transforms.elements import hidden_elements, numpy_of
 from palettax.transforms.wrapping import dense_on_host, is_weight, positive, scaled_mass, stored, wrapped
 
@@ -48,6 +55,7 @@ def with_channel_scale(
         >>> error(scaled) < 0.5 * error(plain)
         True
     """
+    check_transform("inner", inner)
     if channel_axis is not None and (isinstance(channel_axis, bool) or not isinstance(channel_axis, int | np.integer)):
         raise ValueError(f"channel_axis={channel_axis!r}; it must be the number of an axis, or None")
     if max_steps < 1:

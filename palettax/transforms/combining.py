@@ -16,6 +16,7 @@ from palettax.transforms.base import (
     MaskedNode,
     PaletteTransformation,
     aligned,
+    check_transform,
     identity,
     is_node,
     map_leaves,
@@ -39,6 +40,8 @@ def chain(*transforms: PaletteTransformation) -> PaletteTransformation:
         >>> px.palettize(weights, px.chain(px.kmeans(8), px.kmeans(2)))["w"].nbits
         2
     """
+    for transform in transforms:
+        check_transform("one of them", transform)
 
     def init(params: Tree) -> Tree:
         return tuple(t.init(params) for t in transforms)
@@ -83,6 +86,7 @@ def masked(inner: PaletteTransformation, mask: Tree | Callable[[Tree], Tree]) ->
         >>> bool((small["a"].depalettize() == weights["a"])[abs(weights["a"]) >= 3].all())
         True
     """
+    check_transform("inner", inner)
 
     def marked(name: str, leaf: Any, k: Any, sensitivity: Any) -> Any:
         return hide_elements(sensitivity, leaf, k) if is_element_mask(k) else sensitivity
@@ -215,8 +219,8 @@ def by_path(rules: Sequence[tuple[str, PaletteTransformation | None]]) -> Palett
     if isinstance(rules, Mapping) or not all(isinstance(rule, tuple | list) and len(rule) == 2 for rule in rules):
         raise ValueError(f"rules are of type {type(rules).__name__}; give a list of (regex, transform or None)")
     for pattern, transform in rules:
-        if not (transform is None or isinstance(transform, PaletteTransformation)):
-            raise ValueError(f"rule {pattern!r} has {transform!r:.50}; give a transform, such as kmeans(4), or None")
+        if transform is not None:
+            check_transform(f"what rule {pattern!r} does", transform)
     patterns = [_compiled(pattern) for pattern, _ in rules]
     unmatched = len(rules)
 

@@ -62,7 +62,7 @@ def dkm(
         key: for vectors, which draw their first table at random; required there.
 
     Raises:
-        ValueError: here, arguments that there are not; from the three functions, as `kmeans`, naming the leaf.
+        ValueError: an argument outside what is said above; from the three functions, as `kmeans`, naming the leaf.
 
     Example:
         >>> import jax, optax, palettax as px

@@ -13,7 +13,7 @@ from palettax.clustering.checks import check_sensitivity, float64_stays
 from palettax.clustering.level_vectors import quantized_vectors
 from palettax.clustering.levels import level_values, quantized_lut
 from palettax.leaf import is_palettized, merge_blocks, multiply_scales, split_blocks
-from palettax.transforms.base import PaletteTransformation, map_leaves, shared
+from palettax.transforms.base import PaletteTransformation, check_transform, map_leaves, shared
 from palettax.transforms.elements import fill_hidden, hidden_elements, hide_elements, numpy_of
 from palettax.transforms.wrapping import dense_on_host, pin_zero, positive, scaled_mass, spread, stored, wrapped
 
@@ -48,6 +48,7 @@ def quantize_lut(inner: PaletteTransformation, dtype: Any) -> PaletteTransformat
     References:
         Wu, "Optimal quantization by matrix searching", Journal of Algorithms 12, 1991.
     """
+    check_transform("inner", inner)
     narrow = _dtype_of(dtype)
 
     @float64_stays

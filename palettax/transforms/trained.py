@@ -90,6 +90,8 @@ class Following:
             raise ValueError("zero_entry=True with vectors, whose entries are not zero in part; use scalars")
         if self.levels is not None:
             check_levels(self.levels, self.lut_dtype)
+        if not self.tol >= 0:
+            raise ValueError(f"tol={self.tol!r}; it must be a number ≥ 0")
         for name in ("milestone", "weight_threshold"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
@@ -231,6 +233,8 @@ def following(how: Following) -> PaletteTransformation:
         return DkmState(jnp.int32(0), luts, {name: jnp.int32(0) for name in luts})
 
     def update(params: Tree, state: DkmState, *, sensitivity: Tree | None = None) -> tuple[Tree, DkmState]:
+        _check_state(state)
+
         def of_leaf(name: str, leaf: Any, sensitivity: Array | None) -> _Result:
             weights = depalettize(leaf)
             if not has_table(weights):
@@ -244,6 +248,8 @@ def following(how: Following) -> PaletteTransformation:
         return values, DkmState(state.count + 1, _by_name(results, "lut"), skipped)
 
     def finalize(params: Tree, state: DkmState, *, sensitivity: Tree | None = None) -> Tree:
+        _check_state(state)
+
         def of_leaf(name: str, leaf: Any, sensitivity: Array | None) -> Any:
             weights = depalettize(leaf)
             if not has_table(weights):
@@ -253,6 +259,11 @@ def following(how: Following) -> PaletteTransformation:
         return map_leaves(of_leaf, params, shared(params, sensitivity))
 
     return PaletteTransformation(init, update, finalize)
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, DkmState):
+        raise ValueError(f"the state is a {type(state).__name__}; give (params, state), the state from init(params)")
 
 
 def _seen(how: Following, name: str, weights: Array, sensitivity: Array | None) -> _Leaf:

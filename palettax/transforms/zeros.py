@@ -10,7 +10,7 @@ import numpy as np
 from palettax._typing import Array, Tree
 from palettax.clustering.checks import float64_stays
 from palettax.leaf import depalettize, is_palettized, split_blocks
-from palettax.transforms.base import PaletteTransformation, map_leaves, shared
+from palettax.transforms.base import PaletteTransformation, check_transform, map_leaves, shared
 from palettax.transforms.elements import hide_elements, keep_elements, numpy_of
 from palettax.transforms.wrapping import dense_on_host, is_weight, pin_zero, positive, spread, stored, wrapped
 
@@ -35,6 +35,7 @@ def keep_zeros(inner: PaletteTransformation, *, sparse: bool = False) -> Palette
         >>> bool((small.depalettize()[pruned["w"] == 0] == 0).all()), bool((small.lut == 0).any())
         (True, False)
     """
+    check_transform("inner", inner)
 
     def marked(name: str, weights: Any, sensitivity: Array | None) -> Array | None:
         """Hidden zeros, or zeros of infinite cost: an entry is to be zero."""

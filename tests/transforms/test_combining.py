@@ -301,3 +301,20 @@ def test_a_unique_that_does_not_fit_is_dense_and_under_jit_not_passed_off_as_the
     assert run(transform, weights) is weights
     np.testing.assert_array_equal(jax.jit(transform.update)(weights, ())[0], weights)
     assert bool(jnp.isnan(jax.jit(transform.finalize)(weights, ()).depalettize()).all())
+
+
+WRAPPERS = {
+    "chain": px.chain,
+    "masked": lambda inner: px.masked(inner, lambda _: True),
+    "by_path": lambda inner: px.by_path([("w", inner)]),
+    "with_channel_scale": px.with_channel_scale,
+    "keep_zeros": px.keep_zeros,
+    "quantize_lut": lambda inner: px.quantize_lut(inner, "int8"),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_transform_is_refused_at_once(wrapper):
+    with pytest.raises(ValueError, match=r" is 4; give a transform, such as kmeans\(4\)"):
+        wrapper(4)

@@ -771,3 +771,10 @@ def test_every_table_has_an_entry_that_is_zero_where_that_is_asked_for(granulari
 def test_levels_and_zeros_that_there_are_not(options, message):
     with pytest.raises(ValueError, match=message):
         px.dkm(2, **options)
+
+
+@pytest.mark.parametrize("name", ["update", "finalize"])
+@pytest.mark.usefixtures("unchecked")
+def test_a_state_of_another_kind_is_refused(name):
+    with pytest.raises(ValueError, match=r"the state is a dict; give \(params, state\)"):
+        getattr(soft(), name)({"w": WEIGHTS}, {"w": WEIGHTS})

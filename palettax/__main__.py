@@ -1,0 +1,5 @@
+"""`python -m palettax`: the command line."""
+
+from palettax.cli import main
+
+main()
