@@ -1,4 +1,11 @@
-"""palettax: neural-network weights as small lookup tables, `w ≈ lut[indices]`."""
+"""palettax: neural-network weights as small lookup tables, `w ≈ lut[indices]`.
+
+`palettize(params, transform)` is the front door for trees of JAX and NumPy arrays; `palettax.torch` has the palettizers
+of torch models, and `palettax.coreml` reads, writes and checks Core ML models.
+"""
+
+from importlib import import_module as _import_module
+from typing import Any as _Any
 
 from palettax.activations import fake_quantize_activations as fake_quantize_activations
 from palettax.checkpoint import load as load
@@ -43,3 +50,10 @@ from palettax.transforms import unique as unique
 from palettax.transforms import with_channel_scale as with_channel_scale
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> _Any:
+    """The heavy parts, which `import palettax` leaves out, at first use."""
+    if name in ("coreml", "plot", "torch"):
+        return _import_module(f"palettax.{name}")
+    raise AttributeError(f"module 'palettax' has no attribute {name!r}")

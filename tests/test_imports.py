@@ -126,6 +126,18 @@ def test_importing_palettax_loads_no_extra():
     assert run.stdout.strip() == "[]"
 
 
+LATER = """
+import sys, palettax
+assert "palettax.plot" not in sys.modules
+print(palettax.plot is sys.modules["palettax.plot"], hasattr(palettax, "plots"))
+"""
+
+
+def test_heavy_parts_are_imported_at_first_use():
+    run = subprocess.run([sys.executable, "-c", LATER], capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout.strip() == "True False"
+
+
 def test_modules_are_small():
     lines = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
     assert not {module: n for module, n in lines.items() if n > 500}
