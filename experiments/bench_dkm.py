@@ -73,16 +73,15 @@ def ours(case: Case) -> Callable[[], object]:
     return run
 
 
-def coremltools_side(case: Case, device: str = "cpu") -> Callable[[], object]:
-    """A step of its DKM layer; the first clusters the weights."""
+def torch_side(case: Case, library: Any, device: str = "cpu") -> Callable[[], object]:
+    """A step of the DKM layer of palettax.torch or of coremltools; the first clusters the weights."""
     import torch
-    from coremltools.optimize.torch.palettization import DKMPalettizer, DKMPalettizerConfig
 
     layer = torch.nn.Linear(case.side, case.side, bias=False)
     layer.weight.data = torch.from_numpy(weights_of(case.side))
     options = {"n_bits": case.nbits, "weight_threshold": 10, "kmeans_max_iter": case.max_steps}
-    config = DKMPalettizerConfig.from_dict({"global_config": options})
-    model = DKMPalettizer(torch.nn.Sequential(layer).to(device), config).prepare()
+    config = library.DKMPalettizerConfig.from_dict({"global_config": options})
+    model = library.DKMPalettizer(torch.nn.Sequential(layer).to(device), config).prepare()
     inputs = torch.from_numpy(inputs_of(case.side)).to(device)
 
     def run() -> object:
@@ -95,7 +94,9 @@ def coremltools_side(case: Case, device: str = "cpu") -> Callable[[], object]:
 
 def beside(case: Case) -> str:
     """A row: the first step of each side, then steps in turns, then peak memory of a step."""
-    sides = coremltools_side(case), ours(case)
+    from coremltools.optimize.torch import palettization
+
+    sides = torch_side(case, palettization), ours(case)
     first = [timed(side) for side in sides]
     pairs = [tuple(timed(side) for side in sides) for _ in range(ROUNDS)]
     slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))

@@ -300,7 +300,8 @@ def main() -> None:
     wanted = [run for run in runs() if all(word.strip() in run.name for word in options.only.split(","))]
     for run in track([run for run in wanted if run.name not in found], description="networks"):
         measure = torch_result_of if run.method in (TORCH, PEER) else result_of
-        found[run.name] = {**measure(run, options.data, options.steps), "machine": machine("jax", "flax", "optax")}
+        packages = ("jax", "torch", "coremltools") if run.method in (TORCH, PEER) else ("jax", "flax", "optax")
+        found[run.name] = {**measure(run, options.data, options.steps), "machine": machine(*packages)}
         print(run.name, found[run.name], flush=True)
         if not trial:
             RESULTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")

@@ -53,7 +53,7 @@ def palettize(
         ((64, 64), 4.125, (64,))
     """
     leaves = jax.tree.leaves(params, is_leaf=is_palettized)
-    if len(leaves) == 1 and leaves[0] is params and not hasattr(params, "dtype"):
+    if len(leaves) == 1 and leaves[0] is params and not hasattr(params, "shape"):
         raise ValueError(
             f"params is of type {type(params).__name__}, no tree of arrays; pass the parameters themselves: "
             "px.torch.to_params(model.state_dict()), nnx.state(model, nnx.Param), or what Linen's init returned"

@@ -156,7 +156,7 @@ def _note(leaf: LeafReport) -> str:
     else:
         words = [f"{leaf.nbits} bits", f"{int(np.prod(leaf.groups))} lut"]
         if np.isnan(leaf.sqnr):
-            words.append("NOT FINITE: the weights held NaN or infinities")
+            words.append("NaN: in its table, or in the weights that it was made of")
     if leaf.unweighted:
         words.append(f"sensitivity is zero in {leaf.unweighted}: unweighted there")
     return ", ".join([*words, f"tied to {leaf.tied_to}"] if leaf.tied_to else words)

@@ -225,7 +225,7 @@ def test_a_palettized_leaf_is_palettized_anew():
     np.testing.assert_array_equal(px.depalettize(again)["w"], px.depalettize(expected)["w"])
 
 
-@pytest.mark.parametrize("params", ["model.safetensors", len, object()], ids=["str", "function", "object"])
+@pytest.mark.parametrize("params", ["model.safetensors", len, flax.linen.Dense(4)], ids=["str", "function", "Linen"])
 @pytest.mark.usefixtures("unchecked")
 def test_params_that_are_no_tree(params):
     with pytest.raises(ValueError, match="no tree of arrays"):

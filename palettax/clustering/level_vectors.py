@@ -13,6 +13,7 @@ from jaxtyping import Float
 from palettax._typing import Array
 from palettax.clustering.assignment import nearest
 from palettax.clustering.levels import QuantizedFit, level_values, stored_levels
+from palettax.clustering.rounding import rounded
 
 # Steps tried over an octave, and rounds of means and assignments at most.
 STEPS, ROUNDS = 13, 8
@@ -69,7 +70,7 @@ def _fit(
     k, tiny = lut.shape[0], float(jnp.finfo(step_dtype).smallest_normal)
 
     def values(chosen: Array, step: Array) -> Array:
-        return (chosen.astype(step_dtype) * step.astype(step_dtype)).astype(dtype)
+        return rounded(chosen * step, step_dtype)
 
     def snapped(entries: Array, step: Array) -> Array:
         return table[jnp.searchsorted((table[1:] + table[:-1]) / 2, entries / step)]
@@ -80,7 +81,7 @@ def _fit(
 
     largest = jnp.abs(lut).max()
     steps = jnp.where(largest > 0, largest / table[-1] * 2.0 ** -jnp.linspace(0, 1, STEPS, dtype=dtype), 1)
-    steps = jnp.maximum(steps.astype(step_dtype), tiny).astype(dtype)
+    steps = jnp.maximum(rounded(steps, step_dtype), tiny)
     costs = jax.lax.map(lambda step: reached(snapped(lut, step), step)[1], steps)
     step = steps[jnp.argmin(costs)]
 

@@ -16,11 +16,9 @@ def repaired(points: Points, lut: Float[jax.Array, "k d"], temperature: Scalar) 
     """The table with entries that repeat another, or attract nothing, moved into the cells of most error.
 
     The first goes one standard deviation of its cell beside the entry of the costliest, the next into the second
-    costliest, and so on; nothing moves where no cell has an error, as with fewer distinct weights than entries. What
-    moves is a constant to differentiation: the square root of an error of zero has no derivative.
+    costliest, and so on; nothing moves where no cell has an error, as with fewer distinct weights than entries.
     """
-    start, k = lut, lut.shape[0]
-    points, lut, temperature = jax.lax.stop_gradient((points, lut, temperature))
+    k = lut.shape[0]
 
     def of_block(block: Points) -> tuple[jax.Array, jax.Array]:
         share, gaps = attention(block, lut, temperature)
@@ -39,4 +37,5 @@ def repaired(points: Points, lut: Float[jax.Array, "k d"], temperature: Scalar) 
     cell = costliest[jnp.cumsum(spare) - 1]  # the first spare entry takes the costliest cell
     aside = lut[cell] + jnp.sqrt(error[cell] / jnp.where(mass[cell] > 0, mass[cell], 1))
     worth = spare & (cost[cell] > SAME**2 * mass[cell].sum(axis=1))
-    return jnp.where(worth[:, None], aside, start)
+    # Where the square root is of zero, it has no derivative.
+    return jnp.where(worth[:, None], jax.lax.stop_gradient(aside), lut)

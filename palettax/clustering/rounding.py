@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from palettax._typing import Array
 from palettax.clustering.levels import level_values, stored_levels
 
 HALVES = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
@@ -41,7 +42,7 @@ class Rounding:
         lut = _pinned(lut, zero)
         if self.dtype is not None and self.has_levels:
             numbers, step = self._levels(lut)
-            return jnp.asarray(stored_levels(numbers, self.dtype)), step
+            return jnp.asarray(stored_levels(numbers, self.dtype)), step.astype(self.step_dtype)
         return (lut if self.dtype is None else rounded(lut, self.dtype)).astype(self.step_dtype), None
 
     def __call__(self, lut: Float[jax.Array, "k d"], zero: Any) -> Float[jax.Array, "k d"]:
@@ -52,7 +53,7 @@ class Rounding:
         fixed = jax.lax.stop_gradient(lut)
         if self.has_levels:
             numbers, step = self._levels(fixed)
-            read = rounded(numbers * step.astype(lut.dtype), self.step_dtype)
+            read = rounded(numbers * step, self.step_dtype)
         else:
             read = rounded(fixed, self.dtype)
         return lut + (read - fixed)
@@ -68,9 +69,9 @@ class Rounding:
         values = level_values(dtype)
         low, high = (values.min(), values.max()) if self.levels is None else map(float, self.levels)
         # Of a side without levels, all entries are clipped to zero.
-        step = jnp.stack([lut / end for end in (low, high) if end]).max().astype(self.step_dtype)
-        step = jnp.maximum(step, jnp.finfo(self.step_dtype).tiny)
-        numbers = jnp.clip(lut / step.astype(lut.dtype), low, high)
+        step = rounded(jnp.stack([lut / end for end in (low, high) if end]).max(), self.step_dtype)
+        step = jnp.maximum(step, float(jnp.finfo(self.step_dtype).tiny))
+        numbers = jnp.clip(lut / step, low, high)
         integer = dtype in (np.int8, np.uint8)
         return jnp.round(numbers) if integer else rounded(numbers, dtype), step
 
@@ -82,8 +83,10 @@ def _pinned(lut: jax.Array, zero: Any) -> jax.Array:
     return jnp.where((zero & nearest)[:, None], 0, lut)
 
 
-def rounded(values: Float[jax.Array, "*shape"], dtype: np.dtype) -> Float[jax.Array, "*shape"]:
+def rounded(values: Float[Array, "*shape"], dtype: np.dtype) -> Float[jax.Array, "*shape"]:
     """What a cast to a float dtype and back gives. XLA may leave out such a pair, and with it the rounding.
+
+    `jax.lax.reduce_precision` knows neither the largest float8_e4m3fn nor subnormal numbers.
 
     Args:
         values: float32 or float64.
@@ -91,7 +94,7 @@ def rounded(values: Float[jax.Array, "*shape"], dtype: np.dtype) -> Float[jax.Ar
     """
     narrow, wide = jnp.finfo(dtype), jnp.finfo(values.dtype)
     if narrow.nmant >= wide.nmant:
-        return values
+        return jnp.asarray(values)
     spacing = jnp.maximum(jnp.frexp(values)[1] - 1, narrow.minexp) - narrow.nmant
     nearest = jnp.ldexp(jnp.round(jnp.ldexp(values, -spacing)), spacing)
     return jnp.where(abs(nearest) > float(narrow.max), jnp.copysign(jnp.inf, values), nearest)

@@ -97,8 +97,8 @@ def soft_kmeans_lut(
 
     Raises:
         ValueError: integer or empty weights, NaN or infinities (under `jit` the fit is NaN instead), a lut of more than
-            256 entries or of another rank, a vector size that does not divide the last axis, a negative temperature, a
-            sensitivity that is negative or of another shape, an unknown adjoint.
+            256 entries or of another rank, a vector size that does not divide the last axis, a negative temperature or
+            tol, a sensitivity that is negative or of another shape, an unknown adjoint.
 
     Example:
         >>> import jax, palettax as px
@@ -118,7 +118,8 @@ def soft_kmeans_lut(
     check_weights(weights)
     check_finite(weights)
     check_sensitivity(sensitivity, weights)
-    check_temperature(temperature)
+    check_nonnegative("temperature", temperature)
+    check_nonnegative("tol", tol)
     if not hasattr(lut, "ndim") or lut.ndim not in (1, 2) or not 1 <= lut.shape[0] <= 256:
         raise ValueError(
             f"lut is {getattr(lut, 'shape', type(lut).__name__)}; give (k,), or (k, vector_size), with k from 1 to 256"
@@ -159,11 +160,11 @@ class Way:
             raise ValueError(f"max_steps={steps!r}; it must be a positive integer")
 
 
-def check_temperature(temperature: Any) -> None:
-    """Refuse a temperature below zero, when it is known."""
-    known = is_traced(temperature) or (np.asarray(temperature).dtype.kind in "fiu" and np.all(temperature >= 0))
-    if np.ndim(temperature) or not known:
-        raise ValueError(f"temperature={temperature}; it must be one number ≥ 0")
+def check_nonnegative(name: str, value: Any) -> None:
+    """Refuse what is no number, and one below zero when it is known."""
+    known = is_traced(value) or (np.asarray(value).dtype.kind in "fiu" and np.all(value >= 0))
+    if np.ndim(value) or not known:
+        raise ValueError(f"{name}={value}; it must be one number ≥ 0")
 
 
 @partial(jax.jit, static_argnames="way")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import coremltools as ct
+import jax
 import torch
 
 from palettax._names import flatten_names
@@ -71,7 +72,7 @@ def from_torch(
     held = {name: in_package(leaf, target) if is_palettized(leaf) else leaf for name, leaf in leaves.items()}
     model, tables = _prepare(model, held)
     example_inputs = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
-    example_inputs = tuple(_on_cpu(x.float() if _is_foreign(x) else x) for x in example_inputs)
+    example_inputs = jax.tree.map(_plain, example_inputs)
     options = {"skip_model_load": True, "compute_precision": compute_precision, **convert_options}
     options["minimum_deployment_target"] = target
     # Parameters that keep tables of their own, in the buffers of the model, are left to coremltools.
@@ -81,20 +82,21 @@ def from_torch(
 
 def _prepare(model: torch.nn.Module, leaves: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, PalettizedArray]]:
     """A copy of the model with the weights in it, in a float type that Core ML has, and the tables in the same type."""
-    model = _on_cpu(copy.deepcopy(model).eval())
-    if any(map(_is_foreign, tensors_by_name(model).values())):
+    model = copy.deepcopy(model).eval()
+    tensors = tensors_by_name(model).values()
+    if any(tensor.device.type not in ("cpu", "meta") for tensor in tensors):
+        model = model.cpu()  # where what the converter makes of it is
+    if any(map(_is_foreign, tensors)):
         model = model.float()
     written = write_weights(model, leaves)
     return model, {name: leaf for name, leaf in written.items() if is_palettized(leaf)}
 
 
-def _on_cpu(value: Any) -> Any:
-    """A tensor, or a module in place, off the GPU, where what the converter makes of it would meet it."""
-    if isinstance(value, torch.nn.Module):
-        tensors = tensors_by_name(value).values()
-    else:
-        tensors = [value] if isinstance(value, torch.Tensor) else []
-    return value.cpu() if any(t.device.type not in ("cpu", "meta") for t in tensors) else value
+def _plain(value: Any) -> Any:
+    """An input where, and in a type in which, it is converted."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return (value.float() if _is_foreign(value) else value).cpu()
 
 
 def _is_foreign(value: Any) -> bool:

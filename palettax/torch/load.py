@@ -106,7 +106,7 @@ def tables_of(model: torch.nn.Module) -> dict[str, PalettizedArray]:
     if not leaves:
         raise ValueError(
             f"the {type(model).__name__} holds no lookup tables: no parameter has _COREML_ buffers that say [2]; pass "
-            "`palettized`; to convert a dense model, pass palettized={}"
+            "`palettized`, which for a dense model that `from_torch` is to convert is {}"
         )
     return leaves
 

@@ -184,6 +184,8 @@ def partition(
         >>> small["a"].nbits, small["b"].nbits
         (8, 1)
     """
+    for label, transform in transforms.items():
+        check_transform(f"what label {label!r} does", transform)
 
     def mask_for(label: Hashable) -> Callable[[Tree], Tree]:
         def mask(params: Tree) -> Tree:

@@ -7,7 +7,7 @@ from typing import Any
 from palettax._typing import PRNGKey
 from palettax.clustering.adjoints import IMPLICIT, Adjoint, OneStep
 from palettax.clustering.rounding import narrow_dtype
-from palettax.clustering.soft import Way, check_temperature
+from palettax.clustering.soft import Way, check_nonnegative
 from palettax.leaf import PER_TENSOR, Granularity
 from palettax.transforms.base import PaletteTransformation
 from palettax.transforms.trained import Following, Temperature, following
@@ -80,7 +80,7 @@ def dkm(
         Cho et al., "DKM: differentiable k-means clustering layer for neural network compression", arXiv 2108.12659.
     """
     if not callable(temperature):
-        check_temperature(temperature)
+        check_nonnegative("temperature", temperature)
     return following(
         Following(
             nbits,

@@ -25,7 +25,7 @@ from palettax.clustering.checks import (
 )
 from palettax.clustering.kmeans import kmeans_groups
 from palettax.clustering.rounding import Rounding, check_levels
-from palettax.clustering.soft import SoftFit, Way, soft_groups
+from palettax.clustering.soft import SoftFit, Way, check_nonnegative, soft_groups
 from palettax.leaf import Granularity, PalettizedArray, depalettize, level_numbers, merge_blocks
 from palettax.transforms.base import PaletteTransformation, is_node, map_leaves, placed_like, shared, with_gradient_of
 from palettax.transforms.elements import hidden_elements
@@ -90,8 +90,7 @@ class Following:
             raise ValueError("zero_entry=True with vectors, whose entries are not zero in part; use scalars")
         if self.levels is not None:
             check_levels(self.levels, self.lut_dtype)
-        if not self.tol >= 0:
-            raise ValueError(f"tol={self.tol!r}; it must be a number ≥ 0")
+        check_nonnegative("tol", self.tol)
         for name in ("milestone", "weight_threshold"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:

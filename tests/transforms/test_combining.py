@@ -307,6 +307,7 @@ WRAPPERS = {
     "chain": px.chain,
     "masked": lambda inner: px.masked(inner, lambda _: True),
     "by_path": lambda inner: px.by_path([("w", inner)]),
+    "partition": lambda inner: px.partition({"w": inner}, {"w": "w"}),
     "with_channel_scale": px.with_channel_scale,
     "keep_zeros": px.keep_zeros,
     "quantize_lut": lambda inner: px.quantize_lut(inner, "int8"),
