@@ -32,6 +32,7 @@ LEVELS = [
     {"demo"},
     {"_commands"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 EDGE = {name for names in LEVELS[LEVEL["coreml"] + 1 :] for name in names}
