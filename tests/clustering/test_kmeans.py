@@ -183,7 +183,7 @@ ONE = np.ones(9, np.float32)
     [
         (np.arange(9), 4, {}, "weights are int64; only floats have a palette"),
         (np.zeros((0, 3), np.float32), 4, {}, r"weights \(0, 3\) are empty"),
-        ([1.0, 2.0], 4, {}, "weights are a list; pass a NumPy or JAX array"),
+        ([1.0, 2.0], 4, {}, "weights are of type list; pass a NumPy or JAX array"),
         (ONE, 5, {}, r"nbits=5; an index has one of \(1, 2, 3, 4, 6, 8\) bits"),
         (ONE, 4.0, {}, "nbits=4.0"),
         (ONE, True, {}, "nbits=True"),

@@ -351,7 +351,7 @@ def test_a_model_without_tables_is_refused():
         lambda: from_torch(Mnist(), Mnist.example, minimum_deployment_target="iOS18"),
         lambda: audit(mlmodel, Mnist()),
     ):
-        with pytest.raises(ValueError, match=r"the Mnist holds no lookup tables: .*pass `palettized`.*coremltools"):
+        with pytest.raises(ValueError, match=r"the Mnist holds no lookup tables: .*pass `palettized`"):
             call()
 
 
