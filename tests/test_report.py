@@ -1,5 +1,6 @@
 """`report` against numbers counted by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -139,6 +140,12 @@ def test_a_tree_that_was_palettized_before():
     before, after = first["w"].depalettize(), second["w"].depalettize()
     assert leaf.nbytes_before == 9600
     assert leaf.sqnr == pytest.approx(10 * np.log10(np.sum(before**2.0) / np.sum((before - after) ** 2.0)), rel=1e-6)
+
+
+def test_a_table_of_nan_is_said():
+    params = {"w": np.float32([[0, np.nan], [2, 3]])}
+    small = jax.jit(lambda tree: px.palettize(tree, px.kmeans(1), weight_threshold=0))(params)
+    assert "NaN: in its table" in str(px.report(params, small))
 
 
 def test_arguments_in_the_other_order():

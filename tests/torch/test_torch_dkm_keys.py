@@ -81,6 +81,11 @@ def test_fake_palettization_can_be_turned_on_and_off():
     assert torch.equal(model.weight, original)
 
 
+def test_a_step_without_palettes_is_said():
+    with pytest.warns(UserWarning, match="no palettes; call prepare, and train what it returns"):
+        DKMPalettizer(layer()).step()
+
+
 def test_a_frozen_weight_has_a_palette_and_stays_as_it_is():
     model = layer()
     model.weight.requires_grad_(False)

@@ -679,6 +679,8 @@ def test_arguments_that_there_are_not(make, options, message):
     [({"temperature": -1}, "temperature=-1; it must be .*≥ 0"),
      ({"temperature": float("nan")}, "temperature=nan; it must be .*≥ 0"),
      ({"temperature": jnp.float32(-0.5)}, "temperature=-0.5"),
+     ({"tol": -1.0}, "tol=-1.0; it must be one number ≥ 0"),
+     ({"tol": "1e-3"}, "tol=1e-3; it must be one number ≥ 0"),
      ({"adjoint": "implicit"}, r"adjoint='implicit'; give Implicit\(\), Unrolled\(\) or OneStep\(\)"),
      ({"adjoint": px.Implicit}, "give Implicit")],
     ids=str,
