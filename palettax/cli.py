@@ -14,7 +14,8 @@ def main() -> None:
         require("typer", "cli")
         from palettax._commands import app
     except ImportError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(2)  # 1 is a difference that `verify` found
     except KeyboardInterrupt:
         print("Interrupted", file=sys.stderr)
         sys.exit(130)

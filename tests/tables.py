@@ -8,6 +8,9 @@ import palettax as px
 
 DTYPES = {"float16": np.float16, "bfloat16": jnp.bfloat16, "float32": np.float32, "float64": np.float64}
 
+MIXES = {"float32": (np.float32,) * 3, "others": (np.float16, jnp.bfloat16, np.float64)}
+"""What the leaves of a tree are of."""
+
 ROWS = px.Granularity(group_size=4, channel_axis=0)
 COLUMNS = px.Granularity(group_size=5, channel_axis=-1)
 
@@ -106,8 +109,8 @@ def sensitivities(n: int, seed: int = 1) -> np.ndarray:
     return rng.random(n) ** 6 * (rng.random(n) > 0.33)
 
 
-def params(dtype=np.float32, seed: int = 0):
+def params(dtypes=(np.float32,) * 3, seed: int = 0):
     """A small tree of 80 weights a leaf: compiled computations on its groups are shared between the leaves."""
-    rng = np.random.default_rng(seed)
-    a, b, c = (rng.standard_normal(s).astype(dtype) for s in ((8, 10), (4, 2, 10), (4, 2, 2, 5)))
+    rng, shapes = np.random.default_rng(seed), ((8, 10), (4, 2, 10), (4, 2, 2, 5))
+    a, b, c = (rng.standard_normal(shape).astype(dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
     return {"a": a, "b": [b, c]}

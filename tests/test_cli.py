@@ -139,6 +139,18 @@ def test_nested_trees_from_save_and_from_orbax(tree, tmp_path):
     assert os.path.join("run", "7", "default") in refused
 
 
+def test_a_scale_along_an_axis_that_some_leaves_have(tmp_path):
+    random = np.random.default_rng(0)
+    px.save(
+        tmp_path / "w.safetensors", {"conv": random.normal(size=(16, 16, 3, 3)), "dense": random.normal(size=(64, 64))}
+    )
+    told = run(
+        "compress", tmp_path / "w.safetensors", tmp_path / "s.safetensors", "--channel-scale", "--channel-axis", 2
+    )
+    assert "channel_axis=2 is not an axis of shape (64, 64)" in " ".join(told.split())
+    assert is_palettized(px.load(tmp_path / "s.safetensors")["conv"])
+
+
 def test_what_stays_dense_says_why(file, tensors, tmp_path):
     told = json.loads(run("compress", file, tmp_path / "small.safetensors", "--group-size", 30, "--json"))
     rows = {row["name"]: row for row in told["weights"]}
@@ -383,6 +395,9 @@ def test_inputs_that_cannot_be_run_are_said(model, tmp_path):
         assert message in run("verify", package, package, "--inputs", tmp_path / inputs, code=2)
     assert "--inputs too" in run("verify", package, package, "--tolerance", 1, code=2)
     px.save(tmp_path / "w.safetensors", {"w": np.ones(3, np.float32)})
+    for content in (b"", b"PK cut short", b"text"):
+        (tmp_path / "cut.npz").write_bytes(content)
+        assert "cut.npz is no .npz file" in run("verify", package, package, "--inputs", tmp_path / "cut.npz", code=2)
     files = [tmp_path / "w.safetensors"] * 2
     assert "can be run" in run("verify", *files, "--inputs", tmp_path / "x.npz", code=2)
 
@@ -408,6 +423,59 @@ def test_what_differs_in_a_package_is_named(model, tmp_path):
     assert problem["problem"] == "1 of its 64 values differ from the reference's"
 
 
+def test_what_a_package_says_of_itself_is_compared(model, tmp_path):
+    save_package(model, tmp_path / "m.mlpackage")
+    small = compress_weights(model, OptimizationConfig(OpPalettizerConfig(nbits=4))).mlmodel
+    small.author = "another"
+    save_package(small, tmp_path / "s.mlpackage")
+    told = run("verify", tmp_path / "s.mlpackage", tmp_path / "m.mlpackage", code=1)
+    assert "package: its description has another metadata" in told
+
+
+class Counting(torch.nn.Module):
+    """A layer that adds up what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(64, 64)
+        self.register_buffer("total", torch.zeros(1, 64, dtype=torch.float16))
+
+    def forward(self, x):
+        self.total.mul_(0.5)
+        self.total.add_(self.linear(x).half())
+        return self.total * 2
+
+
+KINDS = {
+    "any batch": lambda ct: (torch.nn.Linear(64, 64), ct.RangeDim(1, 9), {}),
+    "classes": lambda ct: (torch.nn.Linear(64, 64), 1, {"classifier_config": ct.ClassifierConfig([*range(64)])}),
+    "state": lambda ct: (Counting(), 1, {"states": [ct.StateType(ct.TensorType(shape=(1, 64)), "total")]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packages_of_every_kind_keep_what_is_not_palettized(kind, tmp_path):
+    from palettax.coreml.scoped import quiet
+
+    with quiet():
+        import coremltools as ct
+
+        net, batch, options = KINDS[kind](ct)
+        inputs = [ct.TensorType("x", (batch, 64))]
+        traced = torch.jit.trace(net.eval(), torch.ones(1, 64), check_trace=False)
+        options = {"minimum_deployment_target": ct.target.iOS18, "skip_model_load": True, **options}
+        save_package(ct.convert(traced, inputs=inputs, **options), tmp_path / "m.mlpackage")
+    for out in "s.mlpackage", "again.mlpackage":
+        run("compress", tmp_path / "m.mlpackage", tmp_path / out)
+        told = json.loads(run("verify", tmp_path / out, tmp_path / "m.mlpackage", "--json"))
+        assert len(told["palettized"]) == 1
+    one, other = (
+        ct.models.MLModel(str(tmp_path / out), skip_model_load=True).get_spec()
+        for out in ("s.mlpackage", "again.mlpackage")
+    )
+    assert one == other
+
+
 def test_a_package_beside_the_state_dict_that_it_came_from(tmp_path):
     layer = torch.nn.Linear(64, 64)
     torch.save(layer.state_dict(), tmp_path / "layer.pt")
@@ -431,6 +499,9 @@ def test_a_package_beside_the_state_dict_that_it_came_from(tmp_path):
         ("compress model.safetensors out.pt", "is written to .safetensors"),
         ("compress model.safetensors folder/out.safetensors", "there is no such folder"),
         ("compress model.safetensors out.safetensors --nbits 5", "nbits"),
+        ("compress model.safetensors out.safetensors --nbits 0", "nbits=0"),
+        ("compress model.safetensors out.safetensors --nbits 5 --weight-threshold 9999999", "nbits"),
+        ("demo --out text.txt", "text.txt"),
         ("compress model.safetensors out.safetensors --nbits 4 --config c.yaml", "leave out --nbits"),
         ("compress model.safetensors out.safetensors --config c.yaml", "c.yaml"),
         ("inspect short.safetensors", "truncated or no safetensors"),

@@ -76,6 +76,6 @@ def test_help():
 
 def test_a_folder_that_is_not_there(tmp_path):
     refused = palettax("demo", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"))
-    assert refused.returncode == 1
-    assert refused.stderr.startswith("no train-images-idx3-ubyte or train-images-idx3-ubyte.gz in")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("Error: no train-images-idx3-ubyte or train-images-idx3-ubyte.gz in")
     assert not (tmp_path / "out").exists()

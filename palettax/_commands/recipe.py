@@ -41,10 +41,10 @@ class Palette(NamedTuple):
         if self.mode == "unique":
             inner = px.unique(self.nbits, granularity=self.granularity)
         elif self.mode == "uniform":
-            inner = px.uniform(self.nbits or 4, granularity=self.granularity)
+            inner = px.uniform(4 if self.nbits is None else self.nbits, granularity=self.granularity)
         else:
             key = jax.random.key(0) if self.vector_size > 1 else None
-            inner = px.kmeans(self.nbits or 4, granularity=self.granularity, key=key)
+            inner = px.kmeans(4 if self.nbits is None else self.nbits, granularity=self.granularity, key=key)
         return px.with_channel_scale(inner, channel_axis=self.channel_axis) if self.channel_scale else inner
 
 
@@ -85,9 +85,12 @@ def palettize_tree(tree: Tree, rules: Rules, check: Callable[[], None] = lambda:
         The tree, and what became of each leaf; a leaf that stayed dense says why.
 
     Raises:
-        ValueError: a regex that is found in no path.
+        ValueError: a regex that is found in no path, or a palette that there is not.
     """
     px.by_path([(pattern, None) for pattern in rules.by_path]).init(tree)
+    for palette in (rules.everywhere, *rules.by_path.values()):
+        if palette is not None:
+            palette.transform()  # refuses what is wrong even where no leaf asks for it
     found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_palettized)
     names = leaf_names([path for path, _ in found])
     leaves: list[Any] = [leaf for _, leaf in found]
@@ -129,6 +132,8 @@ def _why_dense(name: str, leaf: Any, palette: Palette | None, where: str) -> str
         return f"{bad} NaN or infinite values"
     try:
         palette.granularity.groups(leaf.shape, name)
+        if palette.channel_scale:
+            px.Granularity(1, palette.channel_axis).groups(leaf.shape, name)
     except ValueError as error:
         return str(error)
     return ""

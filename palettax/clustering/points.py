@@ -62,9 +62,14 @@ def sorted_rows(weights: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def distinct_count(weights: np.ndarray) -> int:
-    """The number of distinct values of finite weights (n,); -0 counts as 0."""
+    """The number of distinct values of weights (n,); -0 counts as 0, and all NaN as one."""
+    finite = np.isfinite(weights)
+    others = np.unique(weights[~finite].astype(np.float64)).size
+    weights = weights if finite.all() else weights[finite]
+    if not weights.size:
+        return others
     values = points(np.ascontiguousarray(weights), None).values
-    return int(np.count_nonzero(np.diff(values)) + 1)
+    return others + int(np.count_nonzero(np.diff(values)) + 1)
 
 
 def mass_rows(sensitivity: np.ndarray | None, rows: int) -> np.ndarray:

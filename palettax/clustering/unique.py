@@ -66,6 +66,28 @@ def unique_groups(weights: Float[Array, "groups n"], nbits: int) -> LutFit:
     return fit_of(points, lut, assign_groups(points, lut, None), fits)
 
 
+def unique_vectors(vectors: Float[Array, "groups m d"], nbits: int | None) -> LutFit:
+    """The distinct vectors of every group in lexicographic order, as `unique_lut` has numbers; on the host.
+
+    Args:
+        vectors: (groups, m, d), finite.
+        nbits: of the index; None for the fewest that serve every group.
+
+    Raises:
+        ValueError: under `jit`.
+    """
+    if is_traced(vectors):
+        raise ValueError("distinct vectors are unknown under jit; choose them outside")
+    points = np.asarray(vectors, lut_dtype(vectors)) + 0  # -0 becomes 0
+    found = [np.unique(group, axis=0, return_inverse=True) for group in points]
+    k = 2 ** (nbits_for(max(len(rows) for rows, _ in found)) if nbits is None else nbits)
+    lut = np.stack([np.pad(rows[:k], ((0, k - min(k, len(rows))), (0, 0)), mode="edge") for rows, _ in found])
+    fits = np.array([len(rows) <= k for rows, _ in found])
+    indices = np.stack([np.minimum(inverse.reshape(-1), k - 1).astype(np.uint8) for _, inverse in found])
+    inertia = np.square(points - np.take_along_axis(lut, indices[..., None].astype(int), axis=1)).sum(axis=(1, 2))
+    return LutFit(lut, indices, inertia, np.zeros(len(points), np.int32), fits)
+
+
 def smallest_nbits(weights: Float[Array, "*shape"]) -> int:
     """The fewest bits whose entries hold every distinct value; the widest there is when none does."""
     if is_traced(weights):

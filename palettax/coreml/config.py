@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Annotated, Any, NamedTuple
 
 from palettax._keys import Configuration, boolean, integer, listed, mapping, one_of, optional
-from palettax.coreml.package import Op
+from palettax.coreml.package import Op, op_name
 from palettax.palettize import WEIGHT_THRESHOLD
 
 _MODES = ("kmeans", "uniform", "unique", "custom")
@@ -80,8 +80,8 @@ class OpPalettizerConfig(Configuration):
             raise ValueError(f"nbits={self.nbits}; mode={self.mode!r} finds it itself: leave nbits out")
         if (self.mode == "custom") != (self.lut_function is not None):
             raise ValueError(f"lut_function={self.lut_function!r} with mode={self.mode!r}; mode='custom' takes one")
-        if self.cluster_dim > 1 and self.mode != "kmeans":
-            raise ValueError(f"cluster_dim={self.cluster_dim}; only mode='kmeans' makes tables of vectors")
+        if self.cluster_dim > 1 and self.mode not in ("kmeans", "unique"):
+            raise ValueError(f"cluster_dim={self.cluster_dim}; only 'kmeans' and 'unique' make tables of vectors")
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any]) -> OpPalettizerConfig:
@@ -121,7 +121,7 @@ class OptimizationConfig(Configuration):
     Attributes:
         global_config: for what neither a name nor a type says.
         op_type_configs: by the type of op that reads the weight, such as "conv" or "linear".
-        op_name_configs: by the name of the weight or of the op that reads it.
+        op_name_configs: by the name of the weight, as a report or `read_palettes` has it, or of the op that reads it.
 
     Raises:
         ValueError: what `OpPalettizerConfig` refuses. It says where.
@@ -143,8 +143,8 @@ class OptimizationConfig(Configuration):
         self.set_global(self.global_config)
         for op_type, value in by_type.items():
             self.set_op_type(op_type, value)
-        for op_name, value in by_name.items():
-            self.set_op_name(op_name, value)
+        for name, value in by_name.items():
+            self.set_op_name(name, value)
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any]) -> OptimizationConfig:
@@ -206,13 +206,12 @@ class OptimizationConfig(Configuration):
         Raises:
             ValueError: the ops that read it do not agree.
         """
-        if weight.name in self.op_name_configs:
-            return self._named(weight.name)
+        for name in names_of(weight):
+            if name in self.op_name_configs:
+                return self._named(name)
         readers = weight.outputs[-1].child_ops
         if not readers:
             return Choice(None, "no op reads it: it is an output of the program")
-        if all(reader.op_type.startswith("constexpr_") for reader in readers):
-            return self.choose(readers[0])
         choices = [self._of_reader(reader) for reader in readers]
         for reader, choice in zip(readers, choices, strict=True):
             if choice.config != choices[0].config:
@@ -233,6 +232,13 @@ class OptimizationConfig(Configuration):
 
     def _named(self, name: str) -> Choice:
         return Choice(self.op_name_configs[name], f"op_name_configs[{name!r}]")
+
+
+def names_of(weight: Op) -> list[str]:
+    """What a weight is called: its op, without the suffixes of converters too, and the constants it is made from."""
+    parts = [var.op for var in weight.inputs.values() if getattr(var, "op", None) is not None]
+    names = [name for part in parts if part.op_type.startswith("const") for name in names_of(part)]
+    return list(dict.fromkeys([weight.name, op_name(weight.name), *names]))
 
 
 def _shown(choice: Choice) -> str:

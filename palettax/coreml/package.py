@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -18,7 +19,7 @@ from coremltools.converters.mil.frontend.milproto.load import load
 from coremltools.converters.mil.mil import Program
 from coremltools.converters.mil.mil.var import ListVar
 
-from palettax._files import size_on_disk
+from palettax._files import folder_beside, size_on_disk
 from palettax.coreml.moves import Move
 
 Op = Any
@@ -39,14 +40,26 @@ def open_model(mlmodel: ct.models.MLModel | str | Path) -> ct.models.MLModel:
         raise ValueError(
             f"a {type(mlmodel).__name__} is no Core ML model; give an MLModel, or the path of an .mlpackage"
         )
-    if not Path(mlmodel).exists():
+    place = found_at(mlmodel)
+    if not place.exists():
         raise FileNotFoundError(f"{mlmodel}: there is no such package")
     try:
-        return ct.models.MLModel(str(mlmodel), skip_model_load=True)
+        return ct.models.MLModel(str(place), skip_model_load=True)
     except Exception as error:  # what it raises for a file of another kind has no type in common
         raise ValueError(
-            f"{str(mlmodel)!r} is no Core ML package ({type(error).__name__}); give an .mlpackage"
+            f"{str(mlmodel)!r} is no Core ML package ({type(error).__name__}: {error}); give an .mlpackage"
         ) from error
+
+
+def found_at(path: str | Path) -> Path:
+    """Where the package of a path is: beside it, if a process was killed while `save_package` swapped two."""
+    target = Path(path)
+    old = _old(target)
+    return old if old.exists() and not target.exists() else target
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
 
 
 def operations(mlmodel: ct.models.MLModel) -> Iterator[tuple[str, Op]]:
@@ -76,13 +89,18 @@ def load_program(mlmodel: ct.models.MLModel, target: ct.target | None = None) ->
     """
     spec = mlmodel.get_spec()
     if spec.WhichOneof("Type") != "mlProgram":
-        raise ValueError(f"the model is a {spec.WhichOneof('Type')}; only an mlProgram holds lookup tables")
+        raise ValueError(
+            f"the model is a {spec.WhichOneof('Type')}; only an mlProgram holds lookup tables: convert it "
+            "again with convert_to='mlprogram'"
+        )
     version = spec.specificationVersion if target is None else max(spec.specificationVersion, target.value)
     try:
         program: Any = load(spec, version, mlmodel.weights_dir or "")
     except Exception as error:  # of damaged weights and of ops that it does not know it raises anything
         raise ValueError(f"the program cannot be read ({type(error).__name__}: {error}); is it damaged?") from error
     program.default_function_name = spec.description.defaultFunctionName or "main"
+    for name, function in program.functions.items():
+        _name_as_stored(function, spec.mlProgram.functions[name])
     for _, op in list(operations_of(program)):
         # The loader leaves behind what it made branches of before it filled them.
         var = op.outputs[0]
@@ -90,6 +108,40 @@ def load_program(mlmodel: ct.models.MLModel, target: ct.target | None = None) ->
         if loose and var not in op.enclosing_block.outputs:
             op.enclosing_block.remove_ops([op])
     return program
+
+
+def _name_as_stored(function: Any, stored: Any) -> None:
+    """Undo the names that the loader draws, from counters that go on from one program to the next.
+
+    An op of coremltools for writing and reading a state is two in a package; a constant in the place of an input has
+    no name there, and gets that of the input.
+    """
+    ops = list(_walk_stored(stored.block_specializations[stored.opset]))
+    names = {op.attributes["name"].immediateValue.tensor.strings.values[0] for op in ops if "name" in op.attributes}
+    writes = iter([op.attributes["name"] for op in ops if op.type == "write_state"])
+    for op in _walk(function.operations):
+        if op.op_type == "coreml_update_state":
+            write = next(writes).immediateValue.tensor.strings.values
+            if write:
+                op.name = write[0].removesuffix("_write_state")
+        elif op.op_type == "const" and op.name not in names and op.outputs[0].child_ops:
+            reader, var = op.outputs[0].child_ops[0], op.outputs[0]
+            place = next((name for name, given in reader.inputs.items() if given is var), "value")
+            op.name = var.name = next(name for name in _numbered(f"{reader.name}_{place}") if name not in names)
+            names.add(op.name)
+
+
+def _numbered(name: str) -> Iterator[str]:
+    """The name, and then it with a number behind."""
+    yield name
+    yield from (f"{name}_{number}" for number in itertools.count(1))
+
+
+def _walk_stored(block: Any) -> Iterator[Any]:
+    for op in block.operations:
+        yield op
+        for inner in op.blocks:
+            yield from _walk_stored(inner)
 
 
 def operations_of(program: Program) -> Iterator[tuple[str, Op]]:
@@ -116,17 +168,28 @@ def rebuild(program: Program, mlmodel: ct.models.MLModel) -> ct.models.MLModel:
     edited.skip_all_passes = True
     versions = [function.opset_version.value for function in program.functions.values()]
     edited.export_as_multifunction = len(program.functions) > 1 or bool(spec.description.defaultFunctionName)
-    _share_equal(edited, _SHARED_BY_FUNCTIONS if edited.export_as_multifunction else _SHARED)
-    built: Any = mil_convert(
-        edited,
-        convert_from="milinternal",
-        convert_to="mlprogram",
-        compute_units=mlmodel.compute_unit,
-        specification_version=max(spec.specificationVersion, *versions),
-        model_description=spec.description,
-        skip_model_load=mlmodel.__proxy__ is None,
-    )
+    _share_equal(edited, shared_from(edited))
+    try:
+        built: Any = mil_convert(
+            edited,
+            convert_from="milinternal",
+            convert_to="mlprogram",
+            compute_units=mlmodel.compute_unit,
+            specification_version=max(spec.specificationVersion, *versions),
+            model_description=spec.description,
+            skip_model_load=mlmodel.__proxy__ is None,
+        )
+    except (OSError, RuntimeError) as error:  # a full disk is the latter
+        raise OSError(
+            f"the new package could not be written in {tempfile.gettempdir()!r}, from where it is saved: {error}. "
+            "TMPDIR can name another folder"
+        ) from error
     return built
+
+
+def shared_from(program: Program) -> int:
+    """From how many elements on equal constants of a program are stored once."""
+    return _SHARED_BY_FUNCTIONS if len(program.functions) > 1 else _SHARED
 
 
 def _share_equal(program: Program, smallest: int) -> None:
@@ -199,17 +262,20 @@ def save_package(mlmodel: ct.models.MLModel, path: str | Path) -> Path:
 
     Raises:
         ValueError: another suffix.
-        OSError: what could not be written, and where.
+        OSError: what could not be written, and where; or what is there is no package.
     """
     target = Path(path)
     if target.suffix != ".mlpackage":
         raise ValueError(f"{target}: a package's name ends in .mlpackage")
-    old = target.with_name(f".{target.name}.old")
+    if target.is_symlink():
+        target = target.resolve()
+    if target.is_file():
+        raise FileExistsError(f"{target} is a file and no package; remove it, or give another name")
+    old = _old(target)
     if old.exists():
         shutil.rmtree(old) if target.exists() else old.rename(target)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        fresh = Path(folder) / target.name
-        plain = Path(folder) / "plain"
+    with folder_beside(target) as folder:
+        fresh, plain = folder / target.name, folder / "plain"
         plain.mkdir()
         try:
             mlmodel.save(str(fresh))

@@ -16,20 +16,20 @@ from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
 from palettax._keys import warn_caller
 from palettax._names import nearest
 from palettax._progress import progress_bar
-from palettax.coreml.config import OpPalettizerConfig, OptimizationConfig
+from palettax.coreml.config import OpPalettizerConfig, OptimizationConfig, names_of
 from palettax.coreml.forms import check_forms, in_package
 from palettax.coreml.inject import replace_weight
-from palettax.coreml.package import Op, load_program, open_model, operations_of, rebuild
+from palettax.coreml.package import Op, load_program, open_model, operations_of, rebuild, shared_from
 from palettax.coreml.read_table import decompresses
 from palettax.coreml.recipe import in_bits_of, transform_of, unfit
 from palettax.coreml.scoped import quiet
 from palettax.coreml.weights import (
     Numbers,
     compressed_row,
-    is_weight,
     named_weights,
     numbers_of,
     output_axis,
+    weights_of,
 )
 from palettax.leaf import PalettizedArray, is_palettized, shift_tables, spread
 from palettax.palettize import palettize
@@ -108,6 +108,7 @@ class _Weight:
         asked: whether it was to be palettized all the same.
         numbers: what is stored for it, if that can be palettized.
         small: what became of it, as its target holds it.
+        tied_to: the weight that it is stored with, if it is equal to one before it.
     """
 
     name: str
@@ -117,6 +118,7 @@ class _Weight:
     asked: bool = False
     numbers: Numbers | None = None
     small: PalettizedArray | None = None
+    tied_to: str = ""
 
 
 def _palettize(mlmodel: Any, config: Any, joint: bool) -> tuple[ct.models.MLModel, list[_Weight]]:
@@ -130,6 +132,7 @@ def _palettize(mlmodel: Any, config: Any, joint: bool) -> tuple[ct.models.MLMode
         _warn_unmatched(config, program)
         weights = [_planned(name, op, config, joint) for name, op in named_weights(program)]
         _cluster(weights, target)
+        _tie(weights, shared_from(program))
         for block, group in itertools.groupby(weights, lambda weight: weight.op.enclosing_block):
             with block:
                 for weight in group:
@@ -143,7 +146,8 @@ def _palettize(mlmodel: Any, config: Any, joint: bool) -> tuple[ct.models.MLMode
 
 
 def _warn_unmatched(config: OptimizationConfig, program: Program) -> None:
-    names = {op.name for _, op in operations_of(program) if op.op_type != "const" or is_weight(op)}
+    names = {op.name for _, op in operations_of(program) if op.op_type != "const"}
+    names |= {name for _, op in weights_of(program) for name in names_of(op)}
     for name in config.op_name_configs:
         if name not in names:
             warn_caller(f"op_name_configs[{name!r}]: no op and no weight has this name; {nearest(name, names)}")
@@ -184,16 +188,25 @@ def _cluster(weights: list[_Weight], target: ct.target) -> None:
     with progress_bar("palettizing", "weights") as advance:
         for done, weight in enumerate(todo):
             advance(done, len(todo))
-            same = _identity(weight)
+            same = _identity(weight, weight.numbers)
             if same not in known:
                 known[same] = _table(weight, target)
             weight.small, weight.reason = known[same]
         advance(len(todo), len(todo))
 
 
-def _identity(weight: _Weight) -> tuple[Any, ...]:
+def _tie(weights: list[_Weight], smallest: int) -> None:
+    """Note which weights of at least so many elements are stored with one before them."""
+    first: dict[tuple[Any, ...], str] = {}
+    for weight in weights:
+        numbers = weight.numbers or (numbers_of(weight.op) if weight.op.op_type == "const" else None)
+        if numbers is not None and numbers.values.size >= smallest:
+            name = first.setdefault((*_identity(weight, numbers), weight.small is None), weight.name)
+            weight.tied_to = "" if name == weight.name else name
+
+
+def _identity(weight: _Weight, numbers: Any) -> tuple[Any, ...]:
     """Equal for weights that become equal tables: the functions of a program often share theirs."""
-    numbers: Any = weight.numbers
     parts = (numbers.values, numbers.scale, numbers.offset, numbers.mask)
     digests = (None if part is None else hashlib.blake2b(part.tobytes()).digest() for part in parts)
     return (*digests, numbers.values.shape, numbers.values.dtype, id(weight.config), output_axis(weight.op))
@@ -226,4 +239,4 @@ def _row(weight: _Weight) -> LeafReport:
         return compressed_row(weight.op)._replace(skipped=weight.reason)
     before = weight.numbers.dense()
     row = report({"": before}, {"": before if weight.small is None else weight.small})[""]
-    return row._replace(skipped=weight.reason)
+    return row._replace(skipped=weight.reason, tied_to=weight.tied_to)

@@ -15,7 +15,7 @@ from palettax.coreml.package import Op
 from palettax.coreml.weights import Numbers, output_axis, parts_of
 from palettax.leaf import Granularity, PalettizedArray
 from palettax.palettize import count_nonfinite
-from palettax.transforms import PaletteTransformation, custom, keep_zeros, kmeans, uniform, unique, with_channel_scale
+from palettax.transforms import PaletteTransformation, custom, kmeans, masked, uniform, unique, with_channel_scale
 
 
 def transform_of(config: OpPalettizerConfig, op: Op, numbers: Numbers) -> PaletteTransformation:
@@ -30,7 +30,13 @@ def transform_of(config: OpPalettizerConfig, op: Op, numbers: Numbers) -> Palett
     inner = _tables(config, granularity, numbers.values.shape)
     if config.enable_per_channel_scale and numbers.scale is None:
         inner = with_channel_scale(inner, channel_axis=output_axis(op))
-    return inner if numbers.mask is None else keep_zeros(inner, sparse=True)
+    return inner if numbers.mask is None else masked(inner, lambda tree: jax.tree.map(lambda _: _inside(numbers), tree))
+
+
+def _inside(numbers: Numbers) -> np.ndarray:
+    """Where a pruned weight needs an entry: not for zeros that are stored for it, unless an offset makes them more."""
+    mask: Any = numbers.mask
+    return mask if numbers.offset is not None else mask & (numbers.values != 0)
 
 
 def unfit(config: OpPalettizerConfig, op: Op, numbers: Numbers) -> str:

@@ -116,7 +116,7 @@ def _spread_out(nonzero: Any, mask: Any) -> tuple[np.ndarray, np.ndarray]:
     """Numbers where a mask says, zeros elsewhere; and the mask."""
     inside = np.asarray(mask) != 0
     values = np.zeros(inside.shape, plain(nonzero).dtype)
-    values[inside] = plain(nonzero)
+    values[inside] = plain(nonzero) + values.dtype.type(0)  # -0 becomes 0
     return values, inside
 
 

@@ -26,7 +26,7 @@ from palettax.clustering.checks import (
 )
 from palettax.clustering.kmeans import kmeans_groups
 from palettax.clustering.uniform import uniform_groups
-from palettax.clustering.unique import nbits_for, smallest_nbits, unique_groups
+from palettax.clustering.unique import nbits_for, smallest_nbits, unique_groups, unique_vectors
 from palettax.leaf import PER_TENSOR, Granularity, PalettizedArray, depalettize, merge_blocks, split_blocks
 from palettax.transforms.base import PaletteTransformation, map_leaves, placed_like, shared
 from palettax.transforms.elements import fill_hidden, finite_mass, hidden_elements, numpy_of
@@ -95,7 +95,7 @@ def unique(nbits: int | None = None, *, granularity: Granularity = PER_TENSOR) -
 
     Args:
         nbits: 1, 2, 3, 4, 6 or 8; None for the smallest that serves every group of the leaf.
-        granularity: which weights share a table.
+        granularity: which weights share a table, and how many share an index. Vectors not under `jit`.
 
     Example:
         >>> import jax.numpy as jnp, palettax as px
@@ -106,10 +106,11 @@ def unique(nbits: int | None = None, *, granularity: Granularity = PER_TENSOR) -
     """
     if nbits is not None:
         check_nbits(nbits)
-
-    _check_scalars(granularity)
+    check_granularity(granularity)
 
     def fit(weights: Array, sensitivity: Array | None, key: PRNGKey | None) -> LutFit:
+        if granularity.vector_size > 1:
+            return unique_vectors(weights, nbits)
         bits = nbits if nbits is not None else max(smallest_nbits(row) for row in weights)
         return unique_groups(weights, bits)
 
@@ -182,7 +183,7 @@ def check_granularity(granularity: Granularity) -> None:
 def _check_scalars(granularity: Granularity) -> None:
     check_granularity(granularity)
     if granularity.vector_size != 1:
-        raise ValueError(f"vector_size={granularity.vector_size}; only kmeans makes tables of vectors")
+        raise ValueError(f"vector_size={granularity.vector_size}; only kmeans and unique make tables of vectors")
 
 
 def _hard(

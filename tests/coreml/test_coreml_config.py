@@ -62,7 +62,7 @@ def test_both_refuse(Op, Whole, keys):
         ({"nbits": True}, "nbits=True"),
         ({"nbits": 4, "group_size": -1}, "group_size=-1; use an integer, 0 or more"),
         ({"nbits": 4, "cluster_dim": 0}, "cluster_dim=0; use an integer, 1 or more"),
-        ({"nbits": 4, "mode": "uniform", "cluster_dim": 2}, "only mode='kmeans' makes tables of vectors"),
+        ({"nbits": 4, "mode": "uniform", "cluster_dim": 2}, "only 'kmeans' and 'unique' make tables of vectors"),
         ({"nbits": 4, "num_kmeans_workers": 0}, "num_kmeans_workers=0"),
         ({"nbits": 4, "weight_threshold": None}, "weight_threshold=None"),
     ],
@@ -163,6 +163,21 @@ def test_a_name_before_a_type_before_the_global_config(Op, Whole, parts, expecte
     bits = {op.name: op.lut.shape[-2].bit_length() - 1 for _, op in operations(small) if "constexpr" in op.op_type}
     names = readers(model())
     assert {op: bits.get(f"{names[op]}_palettized") for op in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["lin_weight_0", "lin_weight_0_to_fp16"])
+def test_the_names_of_tables_will_do(name):
+    """Those of `read_palettes`, and of the command line, have no suffixes."""
+    small = palettize_weights(model(), OptimizationConfig(op_name_configs={name: {"nbits": 2, "weight_threshold": 9}}))
+    assert list(read_palettes(small)) == ["lin_weight_0"]
+
+
+def test_a_part_of_a_compressed_weight_stands_for_it():
+    pruner = cto.OpMagnitudePrunerConfig(target_sparsity=0.6, weight_threshold=100)
+    pruned = peer(cto.prune_weights, model(), cto.OptimizationConfig(pruner))
+    parts = {op.nonzero_data.op.name for _, op in operations(pruned) if op.op_type == "constexpr_sparse_to_dense"}
+    config = OptimizationConfig({"nbits": 2, "weight_threshold": 100}, op_name_configs=dict.fromkeys(parts))
+    assert read_palettes(palettize_weights(pruned, config, joint_compression=True)) == {}
 
 
 def test_the_configuration_of_coremltools_will_do():

@@ -63,6 +63,7 @@ MADE = {
     ),
     "palettized, quantized": lambda: quantized(MADE["grouped"](), joint=True, granularity="per_tensor"),
     "pruned, quantized": lambda: quantized(MADE["pruned"](), joint=True),
+    "pruned, offsets": lambda: quantized(MADE["pruned"](), joint=True, mode="linear", dtype="uint8"),
     "ours, quantized": lambda: quantized(palettize_weights(model(), TWO_BITS), joint=True, granularity="per_tensor"),
     "ours, iOS26": lambda: palettize_weights(
         model("iOS26"), OptimizationConfig({"nbits": 3, "weight_threshold": 100, "enable_per_channel_scale": True})
@@ -115,14 +116,25 @@ def test_pruned_then_palettized():
             assert not (leaf.lut == 0).any()
 
 
-@pytest.mark.parametrize("kind", ["quantized", "offsets", "int4 blocks", "pruned, quantized"])
+QUANTIZED = ["quantized", "offsets", "int4 blocks", "pruned, quantized", "pruned, offsets"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in QUANTIZED if kind != "int4 blocks"])
+def test_the_numbers_of_a_byte_fit_into_a_table_of_a_byte(kind):
+    before = MADE[kind]()
+    small = palettize_weights(before, OptimizationConfig({"nbits": 8, "weight_threshold": 100}), True)
+    for one, other in zip(*(get_weights_metadata(m, 100).values() for m in (small, before)), strict=True):
+        np.testing.assert_array_equal(one.val, other.val)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_quantized_then_palettized(kind):
     """The scales stay: the table is of what they multiply, weighted by their squares."""
     before = MADE[kind]()
     ours, report = compress_weights(before, OptimizationConfig({"nbits": 3, "weight_threshold": 100}), True)
     assert {leaf.nbits for leaf in report.values() if len(leaf.shape) > 1} == {3}
     # Of the one coremltools makes tables that no target holds; the other it leaves as it is.
-    if kind not in ("int4 blocks", "pruned, quantized"):
+    if kind in ("quantized", "offsets"):
         theirs = peer(cto.palettize_weights, before, peer_config(nbits=3, weight_threshold=100), joint_compression=True)
         assert (squared_errors(ours, before) <= squared_errors(theirs, before) * (1 + 1e-3)).all()
 

@@ -218,6 +218,25 @@ def test_unique_finds_the_fewest_bits_and_loses_nothing(distinct, nbits, target)
     assert same_bits(leaf.depalettize(), values)
 
 
+@pytest.mark.parametrize("keys", [{}, {"granularity": "per_grouped_channel", "group_size": 10}])
+@pytest.mark.parametrize("half", [True, False])
+def test_unique_finds_vectors(keys, half):
+    """As coremltools does, but that it fills the table up with zeros."""
+    rows = np.random.default_rng(0).standard_normal((7, 2)).astype(np.float32)
+    values = rows[np.random.default_rng(1).integers(0, 7, (10, 24))].transpose(0, 2, 1).reshape(20, 24)
+    mlmodel = one_weight(values, half=half)
+    keys = {"mode": "unique", "cluster_dim": 2, **keys}
+    ours = palettize_weights(mlmodel, asked(**keys))
+    theirs = peer(cto.palettize_weights, mlmodel, peer_config(weight_threshold=100, **keys))
+    (one,), (other,) = (read_palettes(small).values() for small in (ours, theirs))
+    assert (one.nbits, one.groups, one.vector_size) == (other.nbits, other.groups, 2)
+    assert same_bits(one.lut[..., :7, :], other.lut[..., :7, :])
+    assert same_bits(one.depalettize(), other.depalettize())
+    assert squared_errors(ours, mlmodel).max() == 0
+    with pytest.warns(UserWarning, match="more than 256 distinct values"):
+        assert read_palettes(palettize_weights(one_weight(normal(40, 240)), asked(**keys))) == {}
+
+
 def test_too_many_values_for_unique():
     with pytest.warns(UserWarning, match="more than 256 distinct values"):
         assert read_palettes(palettize_weights(one_weight(normal(20, 24)), asked(mode="unique"))) == {}
@@ -285,6 +304,9 @@ def test_functions_share_their_tables(tmp_path):
     files = [save_package(m, tmp_path / f"{n}.mlpackage") for n, m in {"small": small, "once": once}.items()]
     weights = [next(file.rglob("weight.bin")).stat().st_size for file in files]
     assert weights[0] == weights[1]
+    reports = [compress_weights(m, asked(nbits=4)).report for m in (two, model())]
+    assert reports[0].nbytes == reports[1].nbytes
+    assert sum(bool(leaf.nbits and leaf.tied_to) for leaf in reports[0].values()) == len(AXES)
     assert len(read_palettes(files[0])) == len(AXES)
 
 
@@ -325,6 +347,10 @@ def test_metadata():
         assert (weight.sparsity, weight.unique_values) == (theirs[name].sparsity, theirs[name].unique_values)
         both = weight.child_ops, theirs[name].child_ops
         assert len({tuple((op.op_type, op.name) for op in ops) for ops in both}) == 1
+    mask = np.triu(np.full((16, 16), -np.inf, np.float32))
+    for half in (True, False):
+        (weight,) = get_weights_metadata(one_weight(mask, half=half), 100).values()
+        assert weight.unique_values == 2
     small = palettize_weights(model(), asked(nbits=3))
     assert {weight.unique_values for weight in get_weights_metadata(small, 100).values()} == {8}
 

@@ -9,7 +9,7 @@ import coremltools as ct
 import pytest
 from coreml_programs import asked, model
 
-from palettax.coreml import decompress_weights, palettize_weights, save_package
+from palettax.coreml import decompress_weights, palettize_weights, read_palettes, save_package
 
 _IN_ANOTHER_PROCESS = """
 import os, resource, signal, sys
@@ -47,6 +47,7 @@ def test_an_older_package_outlives_a_failed_save(how, tmp_path):
         assert sorted(os.listdir(tmp_path)) == ["other.mlpackage", "small.mlpackage"]
     save_package(ct.models.MLModel(str(other), skip_model_load=True), target)
     assert content(target).keys() == content(other).keys()
+    assert sorted(os.listdir(tmp_path)) == ["other.mlpackage", "small.mlpackage"]
 
 
 def test_what_a_killed_swap_left_behind_is_put_back(tmp_path):
@@ -59,6 +60,36 @@ def test_what_a_killed_swap_left_behind_is_put_back(tmp_path):
         save_package(broken, target)
     assert content(target) == before
     assert os.listdir(tmp_path) == ["small.mlpackage"]
+
+
+def test_between_the_two_steps_of_a_swap_the_older_package_is_found(tmp_path):
+    target = save_package(palettize_weights(model(), asked(nbits=2)), tmp_path / "small.mlpackage")
+    before = read_palettes(target)
+    target.rename(tmp_path / ".small.mlpackage.old")
+    assert read_palettes(target).keys() == before.keys()
+
+
+def test_what_a_link_points_to_is_replaced(tmp_path):
+    target = save_package(model(), tmp_path / "m.mlpackage")
+    (tmp_path / "link.mlpackage").symlink_to(target)
+    save_package(palettize_weights(model(), asked(nbits=2)), tmp_path / "link.mlpackage")
+    assert (tmp_path / "link.mlpackage").is_symlink()
+    assert read_palettes(target)
+    assert sorted(os.listdir(tmp_path)) == ["link.mlpackage", "m.mlpackage"]
+
+
+def test_a_file_is_no_package_to_replace(tmp_path):
+    (tmp_path / "m.mlpackage").write_text("mine")
+    with pytest.raises(FileExistsError, match="is a file and no package"):
+        save_package(model(), tmp_path / "m.mlpackage")
+    assert (tmp_path / "m.mlpackage").read_text() == "mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_not_to_be_written_to(tmp_path):
+    (tmp_path / "mine").mkdir(mode=0o500)
+    with pytest.raises(PermissionError, match=r"nothing can be written there: .*m\.mlpackage"):
+        save_package(model(), tmp_path / "mine" / "m.mlpackage")
 
 
 def test_a_package_is_as_readable_as_any_folder(tmp_path):
