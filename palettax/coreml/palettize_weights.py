@@ -236,7 +236,7 @@ def _table(weight: _Weight, target: ct.target) -> tuple[PalettizedArray | None, 
 def _row(weight: _Weight) -> LeafReport:
     """What a report says of a weight."""
     if weight.numbers is None:
-        return compressed_row(weight.op)._replace(skipped=weight.reason)
+        return compressed_row(weight.op)._replace(skipped=weight.reason, tied_to=weight.tied_to)
     before = weight.numbers.dense()
     row = report({"": before}, {"": before if weight.small is None else weight.small})[""]
     return row._replace(skipped=weight.reason, tied_to=weight.tied_to)
