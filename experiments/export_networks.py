@@ -120,8 +120,10 @@ def result(network: Network, setting: str, dense: float) -> Result:
     if not found.identical:
         print(found, file=sys.stderr)
     reasons = dict.fromkeys(str(warning.message) for warning in caught)
-    vectors = [shape for shape, _ in found.dense.values() if max(shape) == math.prod(shape)]
-    others = [f"{name} {shape}" for name, (shape, _) in found.dense.items() if max(shape) < math.prod(shape)]
+    vectors = [dense.shape for dense in found.dense.values() if max(dense.shape) == math.prod(dense.shape)]
+    others = [
+        f"{name} {dense.shape}" for name, dense in found.dense.items() if max(dense.shape) < math.prod(dense.shape)
+    ]
     of_vectors = f"{len(vectors)} vectors (biases, norms) of {sum(map(math.prod, vectors)):,} values"
     notes = "; ".join([of_vectors, *others, *reasons])
     return Result(network.name, setting, f"| {' | '.join(map(str, cells))} |", found.identical, notes)

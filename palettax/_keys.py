@@ -46,6 +46,12 @@ class Configuration:
         ValueError: width=0; use an integer, 1 or more
     """
 
+    def __new__(cls, *args: Any, **keys: Any) -> Any:
+        for name in keys:
+            if name not in _parameters(cls):
+                raise TypeError(f"{name}: {cls.__name__} has no such key; {nearest(name, _parameters(cls))}")
+        return super().__new__(cls)
+
     @classmethod
     def from_dict(cls: type[C], config_dict: Mapping[str, Any]) -> C:
         """Read a dict.
@@ -58,7 +64,7 @@ class Configuration:
         """
         if not isinstance(config_dict, Mapping):
             raise ValueError(f"{cls.__name__} is read from a dict of its keys, not from {config_dict!r}")
-        known = inspect.signature(cls).parameters
+        known = _parameters(cls)
         for name in config_dict:
             if name not in known:
                 raise ValueError(f"{name}: {cls.__name__} has no such key; {nearest(str(name), known)}")
@@ -97,6 +103,12 @@ class Configuration:
             object.__setattr__(self, name, value)
             if instead and value != getattr(type(self), name):
                 warn_caller(f"{name}={value!r} has no effect: {instead[0]}")
+
+
+@functools.cache
+def _parameters(cls: type[Any]) -> tuple[str, ...]:
+    """The keys of a configuration."""
+    return tuple(inspect.signature(cls.__init__).parameters)[1:]
 
 
 @functools.cache

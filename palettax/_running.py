@@ -227,10 +227,11 @@ def _size(batch: Tree, number: int) -> int:
 
 
 def _is_one(batches: Any) -> bool:
-    """Whether they are the arrays of a single batch, such as inputs and labels: as many of each, not alike."""
+    """Whether they are the arrays of a single batch, such as inputs and labels: as many of each, not of one kind."""
     if not isinstance(batches, tuple | list) or len(batches) < 2 or not all(getattr(b, "ndim", 0) for b in batches):
         return False
-    kinds = {(tuple(b.shape[1:]), str(b.dtype)) for b in batches}
+    # A list of batches may differ in the lengths of what they hold, as sentences do.
+    kinds = {(b.ndim if isinstance(batches, list) else tuple(b.shape[1:]), str(b.dtype)) for b in batches}
     return len({b.shape[0] for b in batches}) == 1 and len(kinds) > 1
 
 

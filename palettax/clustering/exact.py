@@ -162,13 +162,13 @@ def _shortest_path(sums, penalty, cost, parent, heads, starts):
     for j in range(1, n + 1):
         while front < back and starts[front + 1] <= j:
             front += 1
-        origin = heads[front]
+        origin = np.int64(heads[front])
         cost[j] = cost[origin] + _link_cost(sums, origin, j) + penalty
         parent[j] = origin
         if j == n:
             break
         while True:
-            rival = heads[back]
+            rival = np.int64(heads[back])
             low = max(starts[back], j + 1)
             if _advantage(sums, cost, rival, j, low) > 0.0:
                 if back == front:
@@ -226,8 +226,9 @@ def _splice(short, long, k):
         if short[i] <= long[i + shift] and long[i + shift + 1] <= short[i + 1]:
             break
     path = np.empty(k + 1, np.int64)
-    path[: i + shift + 1] = long[: i + shift + 1]
-    path[i + shift + 1 :] = short[i + 1 :]
+    # Not by slices: numba would compile what it says of those whose lengths differ, for three seconds.
+    for a in range(k + 1):
+        path[a] = long[a] if a <= i + shift else short[a - shift]
     return path
 
 
@@ -276,7 +277,8 @@ def optimal_path(values, mass, k, penalty):
     starts = np.empty(n + 1, np.int32)
     # Brackets: at `low` paths have too many links, at `high` too few. All points apart and all in one are the first.
     low, long, long_cost = 0.0, np.arange(n + 1), 0.0
-    high, short, short_cost = np.inf, np.array([0, n]), _link_cost(sums, 0, n)
+    short = np.array([0, n])
+    high, short_cost = np.inf, _link_cost(sums, short[0], short[1])
     penalty = min(penalty, short_cost)
     # What n double-double additions may lose, in the cost of a path.
     lost = (n + 16) * 2.0**-105 * sums[n, 4]

@@ -67,7 +67,7 @@ def _fit_row(values, mass, levels, form, chosen):
         starts, paths = _scan(values, sums, levels, form, chosen.shape[0])
     best, least = starts[0], np.inf
     for i in range(starts.shape[0]):
-        step, cost = _descend(values, sums, levels, form, starts[i], paths[i], RADIUS)
+        step, cost = _descend(values, sums, levels, form, starts[i], paths[i], np.int64(RADIUS))
         if cost < least:
             best, least = step, cost
     step, _ = _descend(values, sums, levels, form, best, chosen, levels.values.shape[0])
@@ -126,8 +126,8 @@ def _fit_few(values, mass, levels, form, chosen):
                     break
             if exact or cost < least:
                 best, least = step, cost
-                chosen[:m] = hits
-                chosen[m:] = hits[m - 1]
+                for i in range(chosen.shape[0]):  # not by slices: see `_splice` of the exact solver
+                    chosen[i] = hits[min(i, m - 1)]
             if exact:
                 return step, True
     return best, False
@@ -182,8 +182,13 @@ def _scan(values, sums, levels, form, k):
         least = min(least, costs[tried])
         tried += 1
     minima = _local_minima(costs[:tried])
-    around = np.argsort(minima)[: min(np.sum(minima < np.inf), MINIMA)]
-    return steps[around], paths[around]
+    around = np.empty(MINIMA, np.int64)
+    found = 0
+    while found < MINIMA and np.min(minima) < np.inf:
+        around[found] = np.argmin(minima)
+        minima[around[found]] = np.inf
+        found += 1
+    return steps[around[:found]], paths[around[:found]]
 
 
 @kernel
@@ -221,5 +226,6 @@ def _descend(values, sums, levels, form, step, chosen, radius):
         if cost >= least:
             break
         best, least, step = step, cost, better
-        chosen[:] = path
+        for i in range(path.shape[0]):
+            chosen[i] = path[i]
     return best, least

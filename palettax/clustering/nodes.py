@@ -69,7 +69,9 @@ def fit_points(values, mass, lut):
 @no_type_check
 def prepared(values, mass):
     """The points that count, in units that keep squares in range: (values, mass, unit of values, unit of mass)."""
-    heaviest = np.max(mass) if mass.shape[0] else 0.0
+    heaviest = 0.0
+    for m in mass:
+        heaviest = max(heaviest, m)
     heaviest = power_of_two(heaviest)
     if heaviest == 0.0:
         mass, heaviest = mass[:0], 1.0

@@ -7,7 +7,7 @@ import functools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import coremltools as ct
 import jax
@@ -40,6 +40,7 @@ class LeafAudit:
         mask_identical: so is the mask, or neither has one.
         lut_dtype: the dtype of the table in the package; of levels, that and the dtype of their scale.
         lut_rounded: our table, or its scale, had to be rounded to that dtype.
+        nbytes: of table, indices, scale and mask in the package.
     """
 
     found: str | None = None
@@ -49,11 +50,28 @@ class LeafAudit:
     mask_identical: bool = False
     lut_dtype: str | None = None
     lut_rounded: bool = False
+    nbytes: int = 0
 
     @property
     def identical(self) -> bool:
         """Whether every part is there, bit for bit."""
         return self.lut_identical and self.indices_identical and self.scale_identical and self.mask_identical
+
+
+class Dense(NamedTuple):
+    """A constant of the package that is no part of a table.
+
+    Attributes:
+        shape: of the constant.
+        dtype: of the constant.
+        nbytes: of the constant.
+        reason: why it is dense, as far as the package and the weights tell.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +80,13 @@ class Audit:
 
     Attributes:
         leaves: per palettized weight, by name.
-        dense: shape and dtype of every float constant of 10 elements or more that is not part of a table, by the
-            name of its leaf where there is one, else of its op. They are listed, not compared.
+        dense: every float constant of 10 elements or more that is not part of a table, by the name of its leaf where
+            there is one, else of its op. They are listed, not compared.
         unasked: tables in the package that stand for none of the weights.
     """
 
     leaves: dict[str, LeafAudit]
-    dense: dict[str, tuple[tuple[int, ...], str]]
+    dense: dict[str, Dense]
     unasked: tuple[str, ...] = ()
 
     @property
@@ -79,16 +97,20 @@ class Audit:
         return bool(self.leaves) and not differs_elsewhere and all(leaf.identical for leaf in self.leaves.values())
 
     def __str__(self) -> str:
-        rows = [("leaf", "lut", "indices", "scale", "mask", "dtype")]
+        rows = [("leaf", "lut", "indices", "scale", "mask", "dtype", "bytes", "")]
         rows += [_row(name, leaf) for name, leaf in self.leaves.items()]
-        rows += [
-            (name, "dense", "x".join(map(str, shape)), "", "", dtype) for name, (shape, dtype) in self.dense.items()
-        ]
-        rows += [(name, "not asked for", "", "", "", "") for name in self.unasked]
+        for name, dense in self.dense.items():
+            shape = "x".join(map(str, dense.shape))
+            rows.append((name, "dense", shape, "", "", dense.dtype, f"{dense.nbytes:,}", dense.reason))
+        rows += [(name, "not asked for", *[""] * 6) for name in self.unasked]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         verdict = "identical" if self.identical else "NOT identical" if self.leaves else "nothing to compare"
-        return "\n".join([*lines, f"{len(self.leaves)} palettized: {verdict}; {len(self.dense)} dense"])
+        sizes = [sum(part.nbytes for part in parts.values()) for parts in (self.leaves, self.dense)]
+        last = (
+            f"{len(self.leaves)} palettized, {sizes[0]:,} bytes: {verdict}; {len(self.dense)} dense, {sizes[1]:,} bytes"
+        )
+        return "\n".join([*lines, last])
 
 
 def audit(mlmodel: ct.models.MLModel | str | Path, palettized: Tree) -> Audit:
@@ -112,7 +134,8 @@ def audit(mlmodel: ct.models.MLModel | str | Path, palettized: Tree) -> Audit:
     compared = {name: _compare(name, leaf, palettes, target) for name, leaf in leaves.items() if is_palettized(leaf)}
     known = {op: name for name in leaves for op in _ops_of(name)}
     unasked = tuple(sorted(palettes.keys() - {leaf.found for leaf in compared.values()}))
-    return Audit(compared, {known.get(op, op): found for op, found in _dense(mlmodel).items()}, unasked)
+    dense = {known.get(op, op): value for op, value in _dense(mlmodel).items()}
+    return Audit(compared, {name: _listed(value, leaves.get(name)) for name, value in dense.items()}, unasked)
 
 
 def _ops_of(name: str) -> tuple[str, ...]:
@@ -153,6 +176,7 @@ def _compare(name: str, ours: PalettizedArray, palettes: Mapping[str, Noted], ta
         scale_identical=same_bits(expected.scale, theirs.scale),
         mask_identical=same_bits(expected.mask, theirs.mask),
         lut_dtype=f"{theirs.lut.dtype} of {dtype}" if has_levels(theirs) else dtype,
+        nbytes=theirs.nbytes,
         lut_rounded=not (_same_numbers(held.lut, expected.lut) and _same_numbers(held.scale, expected.scale)),
     )
 
@@ -164,20 +188,31 @@ def _same_numbers(one: Any, other: Any) -> bool:
     return np.array_equal(one.astype(np.float64), other.astype(np.float64))
 
 
-def _dense(mlmodel: ct.models.MLModel) -> dict[str, tuple[tuple[int, ...], str]]:
+def _listed(value: np.ndarray, given: Any) -> Dense:
+    """A dense constant, and why it is dense."""
+    if is_palettized(given):
+        reason = "its table did not get into the package"
+    elif value.ndim < 2:
+        reason = "it has one axis"
+    else:
+        reason = "no table was given for it" if given is None else "it was given dense"
+    return Dense(value.shape, value.dtype.name, value.nbytes, reason)
+
+
+def _dense(mlmodel: ct.models.MLModel) -> dict[str, np.ndarray]:
     """The float constants that some op other than a decompressing one reads."""
     dense = {}
     for _, op in operations(mlmodel):
         readers = op.outputs[0].child_ops
         if op.op_type == "const" and is_weight(op) and not all(map(decompresses, readers)):
-            value = op.outputs[0].val
-            dense[op_name(op.name)] = (value.shape, value.dtype.name)
+            dense[op_name(op.name)] = op.outputs[0].val
     return dense
 
 
 def _row(name: str, leaf: LeafAudit) -> tuple[str, ...]:
     if leaf.found is None:
-        return (name, *("missing",) * 4, "-")
+        return (name, *("missing",) * 4, "-", "", "")
     parts = (leaf.lut_identical, leaf.indices_identical, leaf.scale_identical, leaf.mask_identical)
     words = tuple("identical" if part else "DIFFERENT" for part in parts)
-    return (name, *words, f"{leaf.lut_dtype} (rounded)" if leaf.lut_rounded else str(leaf.lut_dtype))
+    dtype = f"{leaf.lut_dtype} (rounded)" if leaf.lut_rounded else str(leaf.lut_dtype)
+    return (name, *words, dtype, f"{leaf.nbytes:,}", "")

@@ -10,15 +10,17 @@ import coremltools as ct
 import jax
 import torch
 
-from palettax._names import flatten_names
+from palettax._keys import warn_caller
+from palettax._names import flatten_names, owner_and_attribute
 from palettax.coreml.forms import check_forms, in_package, parse_target
 from palettax.coreml.frontend import Captured, export, needs_trace, trace
 from palettax.coreml.inject import PASS_NAME, Tables
 from palettax.coreml.read import Use, record_leaves
 from palettax.coreml.scoped import quiet
 from palettax.leaf import PalettizedArray, is_palettized
+from palettax.torch.activations import rounds_output
 from palettax.torch.conversion import fast_conversion
-from palettax.torch.load import tables_of, tensors_by_name, write_weights
+from palettax.torch.load import copied, tables_of, tensors_by_name, write_weights
 
 
 def from_torch(
@@ -38,7 +40,8 @@ def from_torch(
         example_inputs: a tensor or a tuple of them, on any device.
         palettized: leaves by dotted torch name, or nested dicts of them, in torch's layout; `PalettizedArray` or
             dense. Parameters it does not name keep the model's own weights. None: the tables that the model carries in
-            its `_COREML_` buffers, as `load_into` and palettizers leave them.
+            its `_COREML_` buffers, as `load_into` and palettizers leave them. Those of LSTM and GRU layers are dense
+            in the package, with a warning.
         minimum_deployment_target: a member of `coremltools.target` or its name, from iOS16. iOS16 and iOS17 hold one
             float table of scalars per weight; groups, vectors, 3 bits, levels, masks and scales need iOS18. A scale
             without a mask is kept as it is from iOS26; at iOS18 it multiplies a float table into one per block, and
@@ -52,7 +55,7 @@ def from_torch(
 
     Raises:
         ValueError: a name or a shape that is not the model's, a leaf that the target cannot hold or that did not
-            become a table, or an unknown frontend.
+            become a table, activations that are quantized before iOS17, or an unknown frontend.
 
     Example:
         >>> import numpy as np
@@ -68,6 +71,8 @@ def from_torch(
     if frontend not in (None, "export", "trace"):
         raise ValueError(f"frontend={frontend!r}; use 'export', 'trace' or None")
     leaves = tables_of(model) if palettized is None else flatten_names(palettized)
+    _check_activations(model, target)
+    leaves = _without_gates(model, leaves)
     check_forms({name: leaf for name, leaf in leaves.items() if is_palettized(leaf)}, target)
     held = {name: in_package(leaf, target) if is_palettized(leaf) else leaf for name, leaf in leaves.items()}
     model, tables = _prepare(model, held)
@@ -80,9 +85,33 @@ def from_torch(
         return _convert_by(frontend, model, example_inputs, tables, options)
 
 
+def _check_activations(model: torch.nn.Module, target: ct.target) -> None:
+    """Refuse quantized activations where the target has no op for them."""
+    rounded = [name for name, module in model.named_modules() if rounds_output(module)]
+    if rounded and target < ct.target.iOS17:
+        raise ValueError(
+            f"{', '.join(rounded)}: activations are quantized, for which {target.name} has no op; use iOS17 or later, "
+            "or train with quantize_activations=False"
+        )
+
+
+def _without_gates(model: torch.nn.Module, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves, dense where the converter computes with them: it takes the gates of recurrent layers apart."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners = {name: modules.get(owner_and_attribute(name)[0]) for name in leaves}
+    gates = [name for name in leaves if isinstance(owners[name], torch.nn.LSTM | torch.nn.GRU)]
+    gates = [name for name in gates if is_palettized(leaves[name])]
+    if gates:
+        warn_caller(
+            f"{', '.join(gates)}: dense in the package, with the values of their tables: the converter takes the gates "
+            "of LSTM and GRU apart"
+        )
+    return {name: leaf.depalettize() if name in gates else leaf for name, leaf in leaves.items()}
+
+
 def _prepare(model: torch.nn.Module, leaves: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, PalettizedArray]]:
     """A copy of the model with the weights in it, in a float type that Core ML has, and the tables in the same type."""
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     tensors = tensors_by_name(model).values()
     if any(tensor.device.type not in ("cpu", "meta") for tensor in tensors):
         model = model.cpu()  # where what the converter makes of it is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import warnings
 from typing import Any
 
 import coremltools as ct
@@ -51,8 +52,15 @@ def trace(model: torch.nn.Module, example_inputs: tuple[Any, ...]) -> Captured:
     Returns:
         The captured program, with inputs of the shapes and kinds of the examples.
     """
-    with torch.no_grad():
-        program = torch.jit.trace(model, example_inputs)
+    # The fused attention of torch is an op that coremltools does not know.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # pyright: ignore[reportPrivateImportUsage]
+            program = torch.jit.trace(model, example_inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     names = [name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]]
     inputs = [ct.TensorType(**options) for options in _input_options(model, example_inputs)]
     return Captured(program, {name: name for name in names}, {"inputs": inputs})

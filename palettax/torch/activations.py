@@ -36,6 +36,11 @@ def fix_output_ranges(model: torch.nn.Module) -> None:
             setattr(module, _ATTRIBUTE, observed.fixed() if observed.has_range else torch.nn.Identity())
 
 
+def rounds_output(module: torch.nn.Module) -> bool:
+    """Whether a module has an output that is rounded to 8 bits."""
+    return isinstance(getattr(module, _ATTRIBUTE, None), _Observed | _Fixed)
+
+
 class _Observed(torch.nn.Module):
     """Rounds to 8 bits, straight-through, in the moving range of its inputs."""
 

@@ -29,12 +29,12 @@ class Choice(NamedTuple):
     Attributes:
         config: how it is palettized; None to leave it alone.
         reason: why it is left alone; empty if it is not.
-        too_small: whether that is because of its size, and not asked for.
+        by_name: whether it is None for the name, or the type.
     """
 
     config: Any
     reason: str = ""
-    too_small: bool = False
+    by_name: bool = False
 
 
 @dataclass
@@ -164,12 +164,12 @@ class PalettizerConfig(Configuration, Generic[M]):
         where, value = self._found(module, owner, name)
         configs = value if isinstance(value, list) else [] if value is None else [value]
         if not configs:
-            return Choice(None, f"{where} is None")
+            return Choice(None, f"{where} is None", by_name=where != "global_config")
         exceeded = [config for config in configs if size > config.weight_threshold]
         if not exceeded:
             threshold = configs[0].weight_threshold
             reason = f"its {size} weights do not exceed weight_threshold={threshold} of {where}"
-            return Choice(None, reason, too_small=True)
+            return Choice(None, reason)
         return Choice(exceeded[-1])
 
     def warn_unmatched(self, model: torch.nn.Module) -> None:
@@ -189,6 +189,11 @@ class PalettizerConfig(Configuration, Generic[M]):
             if isinstance(name, str) and not any(name in _spellings(known) for known in (*classes, _in_torch(name))):
                 near = nearest(name, {known.__name__ for known in classes})
                 warn_caller(f"module_type_configs[{name!r}] is no class of the model or of torch.nn; {near}")
+
+    def where(self, module: torch.nn.Module) -> str:
+        """Where something is said of a module that has no name; empty if that is None."""
+        where, value = self._found(module)
+        return "" if value is None else where
 
     def _found(self, module: torch.nn.Module, *names: str) -> tuple[str, Any]:
         """Where there is something for a module of these names, and what."""

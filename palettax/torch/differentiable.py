@@ -78,7 +78,10 @@ class Palettized(torch.nn.Module):
             self.enable(original, mask)
 
     def enable(self, original: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Make the first table, and use it from now on."""
+        """Use the table from now on; make it, if there is none yet."""
+        if bool((self.lut != 0).any()):
+            self.enabled.fill_(True)
+            return
         weights = to_numpy(self.name, _masked(original, mask))
         with self._named():
             state = self.recipe.training().init({_LEAF: weights})
@@ -161,6 +164,7 @@ class _Soft(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, None]:
         (weights,) = ctx.saved_tensors
+        gradient = gradient.to_dense() if gradient.layout is not torch.strided else gradient
         return to_torch(_pulled_back(ctx.gradient, to_jax(gradient)), weights.device), None, None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -109,6 +110,14 @@ def tables_of(model: torch.nn.Module) -> dict[str, PalettizedArray]:
             "`palettized`, which for a dense model that `from_torch` is to convert is {}"
         )
     return leaves
+
+
+def copied(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a module, also of one that holds tensors which pruning or a palette has computed: torch copies none."""
+    held = [value for module in model.modules() for value in vars(module).values()]
+    held += [inner for value in held if isinstance(value, list) for inner in value]
+    computed = [value for value in held if isinstance(value, torch.Tensor) and value.grad_fn is not None]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
 
 
 def tensors_by_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:

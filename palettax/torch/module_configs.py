@@ -22,6 +22,7 @@ from palettax._keys import (
     optional,
     permutation,
     text,
+    warn_caller,
 )
 from palettax._typing import NBITS
 
@@ -177,7 +178,7 @@ class ModuleDKMPalettizerConfig(ModulePalettizerConfig):
         cluster_permute: the order of axes in which weights are cut into vectors; None for their own.
         kmeans_max_iter: steps of soft k-means in a forward pass, at most.
         enforce_zero: whether every table has an entry that is zero.
-        palett_mode: "dkm", soft in training, or "hard".
+        palett_mode: "dkm", soft in training, or "hard"; "gsm" is taken as "dkm", with a warning.
         palett_tau: the temperature in squared weights, 0 being hard; None for one that suits weights of any size, where
             coremltools has 1e-4, which leaves small weights a single value.
         per_channel_scaling_factor_scheme: accepted, without effect: the scale of a channel is its largest magnitude.
@@ -208,7 +209,7 @@ class ModuleDKMPalettizerConfig(ModulePalettizerConfig):
     cluster_permute: Annotated[Sequence[int] | None, optional(permutation)] = None
     kmeans_max_iter: Annotated[int, integer(1)] = 3
     enforce_zero: Annotated[bool, boolean] = False
-    palett_mode: Annotated[str, one_of("dkm", "hard")] = "dkm"
+    palett_mode: Annotated[str, one_of("dkm", "hard", "gsm")] = "dkm"
     palett_tau: Annotated[Number | None, optional(number(0))] = None
     per_channel_scaling_factor_scheme: Annotated[str, one_of("min_max", "abs"), _LARGEST] = "min_max"
 
@@ -247,6 +248,8 @@ class ModuleDKMPalettizerConfig(ModulePalettizerConfig):
                 )
             object.__setattr__(self, "lut_dtype", dtype)
         super().__post_init__()
+        if self.palett_mode == "gsm":
+            warn_caller("palett_mode='gsm' is taken as 'dkm': soft, without the noise that it would add")
         if self.enforce_zero and (self.cluster_dim or 1) > 1:
             raise ValueError(
                 f"enforce_zero=True with cluster_dim={self.cluster_dim}; a vector is not zero in part, use 1"

@@ -102,8 +102,11 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
     config.warn_unmatched(model)
     names = names_by_tensor(model)
     found: dict[int, Parameter] = {}
+    said: dict[int, tuple[str, Any]] = {}
     reasons: dict[str, str] = {}
-    for place in _places(model, config):
+    places = list(_places(model, config))
+    _warn_of_types(model, config, {type(place.asked) for place in places})
+    for place in places:
         tensor = _tensor(place)
         if tensor is None:
             continue
@@ -113,15 +116,17 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
         if choice.config is not None and by_default and isinstance(place.module, unless_asked):
             choice = Choice(None, f"of {type(place.module).__name__}, which is palettized by type or by name only")
         reasons[place.name] = choice.reason
-        if choice.config is None:
+        if choice.config is None and not choice.by_name:
             continue
-        being_pruned = _check(place, tensor, trained, choice.config.cluster_dim)
-        if id(tensor) in found and found[id(tensor)].config != choice.config:
-            other = found[id(tensor)].name
+        other, agreed = said.setdefault(id(tensor), (place.name, choice.config))
+        if choice.config != agreed:
             raise ValueError(
                 f"{place.name}: it is tied to {other}, which is configured differently; make them equal, by one name "
                 f"in module_name_configs for both: {place.name + '|' + other!r}"
             )
+        if choice.config is None:
+            continue
+        being_pruned = _check(place, tensor, trained, choice.config.cluster_dim)
         try:
             granularity = _granularity(place.name, tensor, choice.config)
         except ValueError as error:
@@ -146,6 +151,14 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
     return Chosen(list(found.values()), {name: reason for name, reason in dense.items() if reason})
 
 
+def _warn_of_types(model: nn.Module, config: PalettizerConfig[Any], known: set[type]) -> None:
+    """Warn of configurations by type of modules none of whose parameters is a weight of a layer of torch."""
+    others = [module for module in model.modules() if type(module) not in known]
+    for where in dict.fromkeys(config.where(module) for module in others):
+        if where.startswith("module_type_configs"):
+            warn_caller(f"{where}: none of its parameters is a weight of a layer; name them in module_name_configs")
+
+
 def _reason(names: list[str], reasons: dict[str, str]) -> str:
     """Why a parameter of these names is dense; empty if it is not."""
     found = [reasons[name] for name in names if name in reasons]
@@ -160,7 +173,7 @@ def _places(model: nn.Module, config: PalettizerConfig[Any]) -> Iterator[_Place]
     for place in _weights(model, config):
         seen.add((id(place.module), place.attribute))
         yield place
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         for attribute, tensor in module._parameters.items():
             name = f"{path}.{attribute}" if path else attribute
             if tensor is None or (id(module), attribute) in seen:
@@ -172,7 +185,7 @@ def _places(model: nn.Module, config: PalettizerConfig[Any]) -> Iterator[_Place]
 def _weights(model: nn.Module, config: PalettizerConfig[Any]) -> Iterator[_Place]:
     """The weights of the layers of torch."""
     of_attention: set[int] = set()
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         if isinstance(module, nn.MultiheadAttention):
             of_attention.add(id(module.out_proj))

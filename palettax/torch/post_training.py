@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from palettax.palettize import palettize
 from palettax.report import Report, report
 from palettax.torch.configs import PalettizerConfig, PostTrainingPalettizerConfig, SKMPalettizerConfig, checked_config
 from palettax.torch.fisher import fisher_diagonal
-from palettax.torch.load import load_into, names_by_tensor
+from palettax.torch.load import copied, load_into, names_by_tensor
 from palettax.torch.parameters import Parameter, checked_model, parameters_of
 from palettax.torch.recipe import recipe_of
 from palettax.torch.state_dict import own_tensors, to_params
@@ -157,6 +157,8 @@ class SKMPalettizer:
                 `PostTrainingPalettizer.compress`.
         """
         _warn_of_unused("num_kmeans_workers", num_kmeans_workers, 1, "the solver uses all cores")
+        with warnings.catch_warnings(action="ignore"):  # what is wrong with it, before the work; it warns at the end
+            parameters_of(self._model, self._config)
         if dataloader is not None and loss_fn is not None:
             tensors = self.compute_sensitivity(
                 dataloader, loss_fn, sensitivity_path, num_sensitivity_workers, fsdp_auto_wrap_policy
@@ -207,7 +209,7 @@ def _compress(
     for name, row in summary.items():
         if row.skipped:
             summary[name] = row._replace(skipped=dense.get(name, "no parameter"))
-    return load_into(model if inplace else copy.deepcopy(model), leaves), summary
+    return load_into(model if inplace else copied(model), leaves), summary
 
 
 def _palettized(parameter: Parameter, sensitivity: Mapping[str, np.ndarray] | None) -> PalettizedArray:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 
 import torch
 
 from palettax._keys import warn_caller
+from palettax.clustering.checks import check_finite
 from palettax.report import Report, report
 from palettax.torch.activations import fix_output_ranges, quantize_output
 from palettax.torch.attach import attach, detach, palettes_of
 from palettax.torch.configs import DKMPalettizerConfig, checked_config
 from palettax.torch.differentiable import Palettized
-from palettax.torch.load import load_into
+from palettax.torch.load import copied, load_into
 from palettax.torch.parameters import Parameter, checked_model, parameters_of
 from palettax.torch.recipe import trained_recipe_of
 from palettax.torch.recurrent import follow_parametrizations, forget_parametrizations
@@ -57,7 +57,8 @@ class DKMPalettizer:
             inplace: whether to the model, or to a copy.
 
         Returns:
-            The model to train. Parameters are those that it had, under `parametrizations.<name>.original`.
+            The model to train, in training mode. Parameters are those that it had, under
+            `parametrizations.<name>.original`.
 
         Raises:
             ValueError: it is prepared already; or naming the parameter, what cannot be palettized about it.
@@ -67,15 +68,17 @@ class DKMPalettizer:
         if not inplace:  # what torch cannot copy is refused by name
             with warnings.catch_warnings(action="ignore"):
                 parameters_of(self._model, self._config, trained=True)
-        model = self._model if inplace else copy.deepcopy(self._model)
+        model = self._model if inplace else copied(self._model)
         found = parameters_of(model, self._config, trained=True).palettized  # all of them before one changes
+        for parameter in found:
+            _check_values(parameter)
         for parameter in found:
             _attach(parameter)
         follow_parametrizations(model)
         for palette in palettes_of(model):
             if palette.module.milestone == 0:
                 palette.enable()
-        self._model = model
+        self._model = model.train()
         return self._model
 
     def step(self) -> None:
@@ -93,9 +96,10 @@ class DKMPalettizer:
             flag: whether with palettes.
         """
         for palette in palettes_of(self._model):
-            if flag and not palette.module.enabled:
+            if flag:
                 palette.enable()
-            palette.module.enabled.fill_(flag)
+            else:
+                palette.module.enabled.fill_(False)
 
     def finalize(self, model: torch.nn.Module | None = None, inplace: bool = False) -> torch.nn.Module:
         """Put every weight on its table, and take the palettes off.
@@ -113,7 +117,7 @@ class DKMPalettizer:
             ValueError: naming the parameter: it holds NaN or infinities.
         """
         model = self._model if model is None else model
-        model = model if inplace else copy.deepcopy(model)
+        model = model if inplace else copied(model)
         palettes = list(palettes_of(model))
         if not palettes:
             warn_caller("the model has no palettes; call prepare, and finalize what it returns")
@@ -131,6 +135,15 @@ class DKMPalettizer:
         before = {palette.name: to_numpy(palette.name, palette.original) for palette in palettes}
         now = {p.name: p.palettized() if p.module.enabled else before[p.name] for p in palettes}
         return report(before, now, weight_threshold=0)
+
+
+def _check_values(parameter: Parameter) -> None:
+    """Refuse NaN and infinities of which a table is to be made now."""
+    if parameter.config.milestone == 0:
+        try:
+            check_finite(to_numpy(parameter.name, parameter.tensor))
+        except ValueError as error:
+            raise ValueError(f"{parameter.name}: {error}") from error
 
 
 def _attach(parameter: Parameter) -> None:

@@ -237,7 +237,7 @@ WRONG = [
     (DKM, "cluster_permute", (True, 0), "the axes"),
     (DKM, "kmeans_max_iter", 0, "1 or more"),
     (DKM, "enforce_zero", 0, "True or False"),
-    *((DKM, "palett_mode", value, "'dkm' or 'hard'") for value in ("gsm", "topk", "DKM", None)),
+    *((DKM, "palett_mode", value, "'dkm', 'hard' or 'gsm'") for value in ("topk", "DKM", None)),
     *((DKM, "palett_tau", value, "0 or more") for value in (-1e-4, float("nan"), float("inf"), "hot", True)),
     (DKM, "per_channel_scaling_factor_scheme", "max", "'min_max' or 'abs'"),
     (DKM, "kmeans_init", 3, "a string"),
@@ -285,6 +285,19 @@ def test_values_that_contradict_each_other(config, keys, message):
 def test_an_unknown_key_brings_up_the_nearest(config, wrong, right):
     with pytest.raises(ValueError, match=rf"^{wrong}: {config.__name__} has no such key; did you mean '{right}'"):
         config.from_dict({wrong: 4})
+    with pytest.raises(TypeError, match=rf"^{wrong}: {config.__name__} has no such key; did you mean '{right}'"):
+        config(**{wrong: 4})
+
+
+@whole
+def test_an_unknown_key_of_the_whole(config):
+    with pytest.raises(TypeError, match=rf"^globl_config: {config.__name__} has no such key; did you mean 'global_con"):
+        config(globl_config=None)
+
+
+def test_noise_is_not_added():
+    with pytest.warns(UserWarning, match="'gsm' is taken as 'dkm'"):
+        assert DKM(palett_mode="gsm").palett_mode == "gsm"
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -657,13 +670,12 @@ def test_of_a_list_the_largest_threshold_that_is_exceeded(sizes, size):
 def test_why_a_parameter_is_left_alone():
     module = Net().conv1
     config = DKMPalettizerConfig(module_name_configs={"conv1": None, "conv.": [{}, {"weight_threshold": 4096}]})
-    assert config.choose("conv1.weight", module, 10**6) == (None, "module_name_configs['conv1'] is None", False)
+    assert config.choose("conv1.weight", module, 10**6) == (None, "module_name_configs['conv1'] is None", True)
     assert config.choose("dense.weight", module, 10**6) == (None, "global_config is None", False)
     config_of_2049 = config.choose("conv2.weight", module, 2049)
     assert (config_of_2049.config, config_of_2049.reason) == (ModuleDKMPalettizerConfig(), "")
     small = config.choose("conv2.weight", module, 2048)
     assert small.config is None
-    assert small.too_small
     assert re.fullmatch(r"its 2048 weights .* weight_threshold=2048 of module_name_configs\['conv\.'\]", small.reason)
 
 

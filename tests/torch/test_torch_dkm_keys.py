@@ -7,6 +7,7 @@ from torch.nn.utils import prune
 
 import palettax.torch
 from palettax.torch import DKMPalettizer, DKMPalettizerConfig
+from palettax.torch.attach import palettes_of
 
 
 def layer():
@@ -79,6 +80,70 @@ def test_fake_palettization_can_be_turned_on_and_off():
     assert not torch.equal(soft, original)
     palettizer.enable_fake_palett(False)
     assert torch.equal(model.weight, original)
+
+
+@pytest.mark.parametrize("milestone", [0, 5])
+def test_turned_off_and_on_again_the_table_is_still_the_trained_one(milestone):
+    palettizer = trained(steps=4)
+    (model,) = {p.module for p in palettes_of(palettizer._model)}
+    model.milestone = milestone
+    before = table(palettizer.finalize())
+    palettizer.enable_fake_palett(False)
+    assert palettizer._model(torch.eye(8)).shape == (8, 8)
+    palettizer.enable_fake_palett(True)
+    palettizer.step()
+    after = table(palettizer.finalize())
+    np.testing.assert_array_equal(after.lut, before.lut)
+    np.testing.assert_array_equal(after.indices, before.indices)
+
+
+def test_preparing_puts_a_model_into_training():
+    config = DKMPalettizerConfig.from_dict({"global_config": {"n_bits": 2, "weight_threshold": 0}})
+    assert DKMPalettizer(layer().eval(), config).prepare().training
+
+
+def test_a_refused_model_is_left_as_it_was():
+    model = torch.nn.Sequential(layer(), layer())
+    with torch.no_grad():
+        model[1].weight[0, 0] = torch.nan
+    config = DKMPalettizerConfig.from_dict({"global_config": {"n_bits": 2, "weight_threshold": 0}})
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"1\.weight: .*1 NaN"):
+            DKMPalettizer(model, config).prepare(inplace=True)
+    assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+def test_sparse_gradients():
+    torch.manual_seed(0)
+    _, model = prepared(torch.nn.Embedding(16, 8, sparse=True))
+    _, again = prepared(torch.nn.Embedding(16, 8, _weight=model.parametrizations.weight.original.detach().clone()))
+    for one in (model, again):
+        one(torch.tensor([1, 3])).square().sum().backward()
+    found, wanted = (m.parametrizations.weight.original.grad for m in (model, again))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_pruned_model_is_copied():
+    model = torch.nn.Sequential(layer(), layer())
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    palettizer, prepared_model = prepared(model)
+    prepared_model(torch.eye(8)).square().sum().backward()
+    assert (palettizer.finalize()[0].weight == 0).float().mean() >= 0.5
+    assert isinstance(model[0].weight_orig, torch.nn.Parameter)
+
+
+def test_the_report_is_of_the_tables_of_now():
+    palettizer = trained()
+    rows = palettizer.report()
+    assert rows["weight"].nbits == 2
+    small = palettizer.finalize()
+    assert rows["weight"].sqnr == pytest.approx(
+        palettax.report({"w": layer_weights(palettizer)}, {"w": small.weight.detach().numpy()})["w"].sqnr, rel=1e-6
+    )
+
+
+def layer_weights(palettizer):
+    return palettizer._model.parametrizations.weight.original.detach().numpy()
 
 
 def test_a_step_without_palettes_is_said():

@@ -22,6 +22,7 @@ from palettax.torch import (
     SKMPalettizerConfig,
 )
 
+import coremltools as ct  # isort: skip
 from coremltools.optimize.torch.pruning import MagnitudePruner, MagnitudePrunerConfig  # isort: skip
 
 
@@ -257,7 +258,7 @@ def test_tied_parameters_are_reported_once():
     assert (rows["out.weight"].tied_to, rows["out.weight"].nbits) == ("in.weight", 4)
     assert palettizer.report().nbytes == rows["in.weight"].nbytes
     groups = {"granularity": "per_grouped_channel", "group_size": 8}
-    for names in ({"in": {"n_bits": 6}}, {"in": {"n_bits": 6}, "out": {"n_bits": 4, **groups}}):
+    for names in ({"in": {"n_bits": 6}}, {"in": {"n_bits": 6}, "out": {"n_bits": 4, **groups}}, {"in": None}):
         config = {"global_config": {"n_bits": 4}, "module_name_configs": names}
         with pytest.raises(ValueError, match=r"tied to in\.weight, .*'out\.weight\|in\.weight'"):
             PostTrainingPalettizer(model, PostTrainingPalettizerConfig.from_dict(config)).compress()
@@ -282,7 +283,29 @@ def test_the_package_holds_what_was_trained():
     mlmodel = px.coreml.from_torch(small, torch.zeros(1, 16), minimum_deployment_target="iOS18")
     audit = px.coreml.audit(mlmodel, small)
     assert audit.identical
-    assert len(audit.leaves) == 2
+    assert {leaf.lut_dtype for leaf in audit.leaves.values()} == {"int8 of float16"}
+    assert {dense.reason for dense in audit.dense.values()} == {"it has one axis"}
+
+
+def test_a_shared_module_is_found_by_each_of_its_names():
+    shared = torch.nn.Linear(16, 16)
+    model = torch.nn.ModuleDict({"a": shared, "b": shared})
+    config = PostTrainingPalettizerConfig.from_dict({"module_name_configs": {"b": {"n_bits": 2}}})
+    assert PostTrainingPalettizer(model, config).compress()["a"].weight.unique().numel() == 4
+    alone = PostTrainingPalettizerConfig.from_dict({"global_config": {"n_bits": 2}, "module_name_configs": {"b": None}})
+    with pytest.raises(ValueError, match=r"b\.weight: it is tied to a\.weight, which is configured differently"):
+        PostTrainingPalettizer(model, alone).compress()
+
+
+def test_a_type_without_known_weights_is_said():
+    config = PostTrainingPalettizerConfig.from_dict({"module_type_configs": {"LSTMCell": {"n_bits": 2}}})
+    with pytest.warns(UserWarning, match=r"module_type_configs\['LSTMCell'\]: none of its parameters"):
+        PostTrainingPalettizer(torch.nn.Sequential(torch.nn.LSTMCell(8, 8)), config).compress()
+
+
+def test_what_is_wrong_is_said_before_the_sensitivities():
+    with pytest.raises(ValueError, match=r"weight: it is on the meta device"):
+        SKMPalettizer(torch.nn.Linear(8, 8, device="meta")).compress([torch.ones(1, 8)], lambda *_: 1 / 0)
 
 
 def test_meta_parameters_are_refused():
@@ -486,6 +509,8 @@ def test_quantized_activations_are_still_there_after_conversion(frontend, dtype)
     small = palettizer.finalize()
     inputs = torch.randn(64, 16)
     assert small[0](inputs).unique().numel() <= 256
+    with pytest.raises(ValueError, match="0, 2: activations are quantized, for which iOS16 has no op"):
+        px.coreml.from_torch(small, inputs, minimum_deployment_target="iOS16", frontend=frontend)
     mlmodel = px.coreml.from_torch(small, inputs, minimum_deployment_target="iOS18", frontend=frontend)
     ops = [op.op_type for op in mlmodel._mil_program.functions["main"].operations]
     assert ops.count("quantize") == ops.count("dequantize") == 2
@@ -530,6 +555,43 @@ def test_recurrent_layers_are_palettized_only_when_asked_for(palettizer):
     else:
         leaves = px.torch.to_params(made.compress().state_dict())
         assert {name for name, leaf in leaves.items() if is_palettized(leaf)} == {"head.weight"}
+
+
+class Recurrent(torch.nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.head = getattr(torch.nn, kind)(16, 24, batch_first=True), torch.nn.Linear(24, 8)
+
+    def forward(self, values):
+        return self.head(self.layer(values)[0])
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_recurrent_layers_convert(kind):
+    config = PostTrainingPalettizerConfig.from_dict({"module_name_configs": {".*": {"n_bits": 4}}})
+    small, inputs = PostTrainingPalettizer(Recurrent(kind).eval(), config).compress(), torch.randn(2, 5, 16)
+    options = {"minimum_deployment_target": "iOS18", "compute_precision": ct.precision.FLOAT32}
+    if kind == "RNN":
+        mlmodel = px.coreml.from_torch(small, inputs, **options)
+        assert px.coreml.audit(mlmodel, small).identical
+    else:
+        with pytest.warns(UserWarning, match=r"layer\.weight_ih_l0, layer\.weight_hh_l0: dense in the package"):
+            mlmodel = px.coreml.from_torch(small, inputs, **options)
+        assert list(px.coreml.read_palettes(mlmodel)) == ["head.weight"]
+    if kind == "LSTM":  # the others are loops, which are not evaluated here
+        name = mlmodel.get_spec().description.input[0].name
+        (found,) = px.coreml.run(mlmodel, {name: inputs.numpy()}).values()
+        np.testing.assert_allclose(found, small(inputs).detach().numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("frontend", ["export", "trace"])
+def test_attention_converts_by_either_frontend(frontend):
+    model = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    config = PostTrainingPalettizerConfig.from_dict({"module_type_configs": {"MultiheadAttention": {"n_bits": 4}}})
+    small, inputs = PostTrainingPalettizer(model, config).compress(), torch.randn(2, 6, 32)
+    mlmodel = px.coreml.from_torch(small, inputs, minimum_deployment_target="iOS18", frontend=frontend)
+    assert px.coreml.audit(mlmodel, small).identical
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_a_layer_may_write_to_the_weight_it_was_given():
