@@ -13,7 +13,7 @@ from palettax.torch.activations import fix_output_ranges, quantize_output
 from palettax.torch.attach import attach, detach, palettes_of
 from palettax.torch.configs import DKMPalettizerConfig, checked_config
 from palettax.torch.differentiable import Palettized
-from palettax.torch.load import copied, load_into
+from palettax.torch.load import copied, load_into, tensors_by_name
 from palettax.torch.parameters import Parameter, checked_model, parameters_of
 from palettax.torch.recipe import trained_recipe_of
 from palettax.torch.recurrent import follow_parametrizations, forget_parametrizations
@@ -49,6 +49,7 @@ class DKMPalettizer:
     def __init__(self, model: torch.nn.Module, config: DKMPalettizerConfig | None = None) -> None:
         self._model = checked_model(model)
         self._config = checked_config(config, DKMPalettizerConfig)
+        self._dense: dict[str, str] = {}
 
     def prepare(self, inplace: bool = False) -> torch.nn.Module:
         """Attach the palettes.
@@ -69,7 +70,7 @@ class DKMPalettizer:
             with warnings.catch_warnings(action="ignore"):
                 parameters_of(self._model, self._config, trained=True)
         model = self._model if inplace else copied(self._model)
-        found = parameters_of(model, self._config, trained=True).palettized  # all of them before one changes
+        found, self._dense = parameters_of(model, self._config, trained=True)  # all of them before one changes
         for parameter in found:
             _check_values(parameter)
         for parameter in found:
@@ -130,11 +131,15 @@ class DKMPalettizer:
         return load_into(model, leaves).eval()
 
     def report(self) -> Report:
-        """What the palettes of now would make of each parameter; print it to read it."""
+        """What the palettes of now would make of each parameter, and why others have none; print it to read it."""
         palettes = list(palettes_of(self._model))
+        others = tensors_by_name(self._model)
         before = {palette.name: to_numpy(palette.name, palette.original) for palette in palettes}
-        now = {p.name: p.palettized() if p.module.enabled else before[p.name] for p in palettes}
-        return report(before, now, weight_threshold=0)
+        before |= {name: to_numpy(name, others[name]) for name in self._dense if name in others}
+        now = before | {palette.name: palette.palettized() for palette in palettes if palette.module.enabled}
+        made = report(before, now, weight_threshold=0)
+        reasons = self._dense | {p.name: "its palette does not count yet" for p in palettes if not p.module.enabled}
+        return Report({name: row._replace(skipped=reasons.get(name, row.skipped)) for name, row in made.items()})
 
 
 def _check_values(parameter: Parameter) -> None:

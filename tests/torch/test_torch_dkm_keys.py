@@ -136,6 +136,8 @@ def test_the_report_is_of_the_tables_of_now():
     palettizer = trained()
     rows = palettizer.report()
     assert rows["weight"].nbits == 2
+    assert rows["bias"].skipped == "not the weight of a layer, and not named by itself"
+    assert prepared(milestone=3)[0].report()["weight"].skipped == "its palette does not count yet"
     small = palettizer.finalize()
     assert rows["weight"].sqnr == pytest.approx(
         palettax.report({"w": layer_weights(palettizer)}, {"w": small.weight.detach().numpy()})["w"].sqnr, rel=1e-6
