@@ -62,6 +62,16 @@ class Report(dict[str, LeafReport]):
         """Stored bytes of the whole dense tree."""
         return sum(leaf.nbytes_before for leaf in self.values() if not leaf.tied_to)
 
+    def summary(self) -> str:
+        """How many bytes became how many."""
+        before, now = self.nbytes_before, self.nbytes
+        times = (
+            f"{now / before:.2f} times larger"
+            if now > before > 0
+            else f"{before / now if now else 1:.2f} times smaller"
+        )
+        return f"{before:,} bytes became {now:,}: {times}"
+
     @property
     def loss_increase(self) -> float | None:
         """½ Σ sensitivity · (w - ŵ)² of the whole tree; None without sensitivities."""
@@ -79,8 +89,7 @@ class Report(dict[str, LeafReport]):
             ])  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        ratio = self.nbytes_before / self.nbytes if self.nbytes else 1.0
-        lines.append(f"{self.nbytes_before:,} bytes became {self.nbytes:,}: {ratio:.2f} times smaller")
+        lines.append(self.summary())
         return "\n".join([*lines, f"predicted loss increase: {self.loss_increase:.3g}"] if weighed else lines)
 
 
@@ -155,6 +164,8 @@ def _note(leaf: LeafReport) -> str:
         words = [f"dense: {leaf.skipped}" if leaf.nbytes == leaf.nbytes_before else leaf.skipped]
     else:
         words = [f"{leaf.nbits} bits", f"{int(np.prod(leaf.groups))} lut"]
+        if leaf.nbytes > leaf.nbytes_before:
+            words.append("larger than dense")
         if np.isnan(leaf.sqnr):
             words.append("NaN: in its table, or in the weights that it was made of")
     if leaf.unweighted:

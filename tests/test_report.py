@@ -126,6 +126,14 @@ def test_an_empty_tree():
     assert "0 bytes became 0: 1.00 times smaller" in str(found)
 
 
+def test_what_became_larger_is_said():
+    params = {"w": np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)}
+    small = px.palettize(params, px.kmeans(8, granularity=px.Granularity(group_size=1)), weight_threshold=0)
+    found = px.report(params, small)
+    assert "8 bits, 8 lut, larger than dense" in str(found)
+    assert found.summary() == f"512 bytes became {8 * 256 * 4 + 128:,}: 16.25 times larger"
+
+
 def test_scalars_and_empty_leaves():
     params = {"empty": np.zeros((0, 3), np.float32), "lr": 0.1, "scalar": jnp.float32(3)}
     found = px.report(params, px.palettize(params, px.kmeans(1)))

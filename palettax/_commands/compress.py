@@ -201,9 +201,8 @@ def _show(done: _Done, source: Path, before: int, out: Path, as_json: bool) -> N
             for name, row in report.items()
         ],
     )
-    ratio = report.nbytes_before / max(report.nbytes, 1)
     say(
-        f"Weights: {report.nbytes_before:,} bytes became {report.nbytes:,}: {ratio:.2f} times smaller",
+        f"Weights: {report.summary()}",
         f"{out}: {after:,} bytes on disk, {before:,} in {source}",
     )
     for remark in done.remarks:
@@ -220,4 +219,5 @@ def note_of(row: px.LeafReport) -> str:
         words = f"dense: {row.skipped}" if row.nbytes == row.nbytes_before else row.skipped
     else:
         words = bits_and_tables(row.nbits, row.groups)
+        words += ", larger than dense" if row.nbytes > row.nbytes_before else ""
     return f"{words}, tied to {row.tied_to}" if row.tied_to else words

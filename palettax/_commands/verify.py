@@ -103,6 +103,8 @@ def verify(
             columns = {"palettized": "left", "SQNR": "right", "not nearest": "right", "form": "left"}
             cells = [(row.name, sqnr_text(row.sqnr), f"{row.misplaced:,}", row.form) for row in verdict.palettized]
             print_table(columns, cells)
+        if ok and any(row.misplaced for row in verdict.palettized):
+            say("not nearest: by less than what rounding of the weights, the table and its scale hides")
         say(*(f"{name}: {problem}" for name, problem in verdict.problems))
         if verdict.outputs:
             columns = {"output": "left", "SQNR": "right", "largest difference": "right"}

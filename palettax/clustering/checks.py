@@ -52,6 +52,8 @@ def resolve_method(method: str | None, vector_size: int, key: Array | None) -> M
         raise ValueError(
             f"vector_size={vector_size} without a key; vectors start at random: pass key=jax.random.key(0)"
         )
+    if not hasattr(key, "dtype"):
+        raise ValueError(f"key={key!r}; give a key of JAX: jax.random.key(0)")
     return "lloyd"
 
 

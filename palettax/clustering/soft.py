@@ -96,9 +96,9 @@ def soft_kmeans_lut(
         `SoftFit`.
 
     Raises:
-        ValueError: integer or empty weights, NaN or infinities (under `jit` the fit is NaN instead), a lut of more than
-            256 entries or of another rank, a vector size that does not divide the last axis, a negative temperature or
-            tol, a sensitivity that is negative or of another shape, an unknown adjoint.
+        ValueError: integer or empty weights, NaN or infinities, a negative temperature (under `jit` the fit is NaN
+            instead), a lut of more than 256 entries or of another rank, a vector size that does not divide the last
+            axis, a negative tol, a sensitivity that is negative or of another shape, an unknown adjoint.
 
     Example:
         >>> import jax, palettax as px
@@ -214,9 +214,9 @@ def soft_row(
     variance = _mean((sized - middle) ** 2, mass, axis=None)
     fixed = jax.lax.stop_gradient(variance)
     width = jnp.sqrt(jnp.where(fixed > 0, fixed, 1)) * k ** (-1 / d)
-    width = jnp.where(jnp.isfinite(fixed), width, jnp.nan)  # and with it all that is computed
-    frame = Frame(size, middle, width)
     temperature = jnp.minimum(jnp.asarray(temperature, dtype), HOTTEST)
+    width = jnp.where(jnp.isfinite(fixed) & (temperature >= 0), width, jnp.nan)  # and with it all that is computed
+    frame = Frame(size, middle, width)
     if way.relative:
         temperature = temperature * jnp.where(fixed > 0, variance / jnp.where(fixed > 0, fixed, 1), 1)
     else:

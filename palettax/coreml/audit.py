@@ -24,7 +24,7 @@ from palettax.coreml.package import op_name, open_model, operations
 from palettax.coreml.read import Noted, noted_palettes
 from palettax.coreml.read_table import decompresses
 from palettax.coreml.weights import is_weight
-from palettax.leaf import PalettizedArray, has_levels, is_palettized, same_bits
+from palettax.leaf import PalettizedArray, as_numpy, has_levels, is_palettized, same_bits
 from palettax.leaf.plain import check_plain
 
 
@@ -132,6 +132,10 @@ def audit(mlmodel: ct.models.MLModel | str | Path, palettized: Tree) -> Audit:
     leaves = _named(palettized)
     target = target_of(mlmodel)
     compared = {name: _compare(name, leaf, palettes, target) for name, leaf in leaves.items() if is_palettized(leaf)}
+    for name in [name for name, leaf in compared.items() if leaf.found is None]:
+        compared[name] = next(
+            (compared[twin] for twin in compared if _is_twin(twin, name, compared, leaves)), LeafAudit()
+        )
     known = {op: name for name in leaves for op in _ops_of(name)}
     unasked = tuple(sorted(palettes.keys() - {leaf.found for leaf in compared.values()}))
     dense = {known.get(op, op): value for op, value in _dense(mlmodel).items()}
@@ -157,6 +161,13 @@ def _named(tree: Tree) -> dict[str, Any]:
         names = leaf_names([(*[DictKey(top)] * bool(top), *path) for path, _ in paths], ".")
         named |= zip(names, [leaf for _, leaf in paths], strict=True)
     return named
+
+
+def _is_twin(twin: str, name: str, compared: Mapping[str, LeafAudit], leaves: Mapping[str, Any]) -> bool:
+    """Whether a leaf that was found is equal to another: converters store equal constants once, under one name."""
+    parts = [jax.tree.flatten(as_numpy(leaves[leaf])) for leaf in (twin, name)]
+    alike = parts[0][1] == parts[1][1] and all(map(same_bits, parts[0][0], parts[1][0]))
+    return compared[twin].found is not None and alike
 
 
 def _compare(name: str, ours: PalettizedArray, palettes: Mapping[str, Noted], target: ct.target) -> LeafAudit:

@@ -272,8 +272,10 @@ class DKMPalettizerConfig(PalettizerConfig[ModuleDKMPalettizerConfig]):
 def checked_config(config: Any, kind: type[Any]) -> Any:
     """The configuration, that of all defaults for None, or a `ValueError` that says what it is instead."""
     if not isinstance(config, kind | None):
-        wanted = kind.__name__
-        raise ValueError(f"config is a {type(config).__name__}, not a {wanted}; {wanted}.from_dict reads a dict")
+        wanted, found = kind.__name__, type(config)
+        if found.__name__ == wanted:
+            raise ValueError(f"config is the {wanted} of {found.__module__}; give that of palettax.torch")
+        raise ValueError(f"config is a {found.__name__}, not a {wanted}; {wanted}.from_dict reads a dict")
     return kind() if config is None else config
 
 

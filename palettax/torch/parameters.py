@@ -113,6 +113,8 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
         choice = config.choose(place.name, place.asked, tensor.numel(), module_name=place.asked_name)
         by_default = choice.config is not None and choice.config is config.global_config
         unless_asked = (nn.RNNBase,) if trained else (nn.RNNBase, nn.LayerNorm)
+        if isinstance(place.module, nn.LayerNorm) and tensor.ndim == 1:  # a pattern for many does not mean it
+            by_default |= not _is_asked_for(config, place)
         if choice.config is not None and by_default and isinstance(place.module, unless_asked):
             choice = Choice(None, f"of {type(place.module).__name__}, which is palettized by type or by name only")
         reasons[place.name] = choice.reason
@@ -204,6 +206,13 @@ def _asked(config: PalettizerConfig[Any], prefix: str, attention: nn.Module, own
     """The module whose configuration a weight of an attention layer has: its own if it is named, else the layer's."""
     named = any(re.fullmatch(pattern, prefix + owner) for pattern in config.module_name_configs)
     return attention, prefix + owner if owner and named else prefix.removesuffix(".")
+
+
+def _is_asked_for(config: PalettizerConfig[Any], place: _Place) -> bool:
+    """Whether the type of a module is configured, or its very name."""
+    names = {pattern.replace("\\", "") for pattern in config.module_name_configs}
+    by_type = config.where(place.asked).startswith("module_type_configs")
+    return by_type or not names.isdisjoint((place.name, place.asked_name))
 
 
 def _is_named(config: PalettizerConfig[Any], name: str, module: nn.Module, tensor: torch.Tensor) -> bool:

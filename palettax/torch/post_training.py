@@ -16,7 +16,7 @@ from palettax._keys import warn_caller
 from palettax._names import nearest
 from palettax._progress import progress_bar
 from palettax.leaf import PalettizedArray
-from palettax.palettize import palettize
+from palettax.palettize import count_nonfinite, palettize
 from palettax.report import Report, report
 from palettax.torch.configs import PalettizerConfig, PostTrainingPalettizerConfig, SKMPalettizerConfig, checked_config
 from palettax.torch.fisher import fisher_diagonal
@@ -219,4 +219,6 @@ def _palettized(parameter: Parameter, sensitivity: Mapping[str, np.ndarray] | No
             raise ValueError(f"{name}: there are no sensitivities of it; {nearest(name, sensitivity)}")
         mass = {name: sensitivity[name]}
     weights = {name: to_numpy(name, parameter.tensor)}
+    if bad := count_nonfinite(weights[name]):
+        raise ValueError(f"{name}: {bad} NaN or infinite values; mend them, or leave it alone, as None by its name")
     return palettize(weights, recipe_of(parameter).post_training(), sensitivity=mass, weight_threshold=0)[name]

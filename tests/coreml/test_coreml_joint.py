@@ -164,6 +164,27 @@ def test_vectors_of_numbers_that_differ_in_kind_are_refused(kind, why):
     assert kinds(small) == kinds(mlmodel)
 
 
+def test_a_plain_conversion_stores_tied_weights_once():
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(40, 16), "head": torch.nn.Linear(16, 40, bias=False)})
+    model["head"].weight = model["embed"].weight
+
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = model
+
+        def forward(self, tokens):
+            return self.parts["head"](self.parts["embed"](tokens))
+
+    small, tokens = px.torch.PostTrainingPalettizer(Tied()).compress().eval(), torch.zeros(1, 3, dtype=torch.int32)
+    with quiet(), px.torch.fast_conversion():
+        program = torch.export.export(small, (tokens,)).run_decompositions({})
+        plain = ct.convert(program, minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
+    found = audit(plain, small)
+    assert found.identical
+    assert set(found.leaves) == {"parts.embed.weight", "parts.head.weight"}
+
+
 def test_a_plain_conversion_of_a_traced_model_whose_names_begin_with_digits():
     palettizer = px.torch.PostTrainingPalettizer(torch.nn.Sequential(torch.nn.Linear(16, 12)))
     small, x = palettizer.compress().eval(), torch.ones(1, 16)

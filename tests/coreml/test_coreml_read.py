@@ -45,7 +45,7 @@ def test_audit_says_yes_and_lists_what_stayed_dense(mlmodel, leaves):
     result = audit(mlmodel, leaves)
     assert result.identical
     assert all(leaf.lut_rounded and leaf.lut_dtype == "float16" for leaf in result.leaves.values())
-    assert result.dense["p_conv2_weight"] == ((8, 8, 3, 3), "float16")
+    assert result.dense["p_conv2_weight"] == ((8, 8, 3, 3), "float16", 1152, "no table was given for it")
     assert not {"dense1_weight", "dense2_weight", "p_dense1_weight", "p_dense2_weight"} & result.dense.keys()
     assert all(name in str(result) for name in (*leaves, "p_conv2_weight", "identical", "2 palettized"))
 

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import palettax.coreml
+import palettax.torch
 from palettax.torch.configs import (
     DKMPalettizerConfig,
     PalettizerConfig,
@@ -293,6 +294,12 @@ def test_an_unknown_key_brings_up_the_nearest(config, wrong, right):
 def test_an_unknown_key_of_the_whole(config):
     with pytest.raises(TypeError, match=rf"^globl_config: {config.__name__} has no such key; did you mean 'global_con"):
         config(globl_config=None)
+
+
+def test_the_configuration_of_coremltools_is_told_apart(unchecked):
+    theirs = peers("coremltools").PostTrainingPalettizerConfig()
+    with pytest.raises(ValueError, match=r"the PostTrainingPalettizerConfig of coremltools.*; give that of palettax"):
+        palettax.torch.PostTrainingPalettizer(nn.Linear(4, 4), theirs)
 
 
 def test_noise_is_not_added():

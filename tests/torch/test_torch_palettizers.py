@@ -287,6 +287,21 @@ def test_the_package_holds_what_was_trained():
     assert {dense.reason for dense in audit.dense.values()} == {"it has one axis"}
 
 
+def test_norms_are_not_meant_by_a_pattern():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.LayerNorm(16))
+    for names, dense in (({".*": {}}, True), ({r"1": {}}, False), ({"1.weight": {}}, False)):
+        small = PostTrainingPalettizer(model, PostTrainingPalettizerConfig.from_dict({"module_name_configs": names}))
+        assert ("1.weight" not in px.torch.load.tables_of(small.compress())) == dense
+
+
+def test_values_that_are_not_finite_are_named():
+    model = net()
+    with torch.no_grad():
+        model[2].weight[1, 1] = torch.inf
+    with pytest.raises(ValueError, match=r"^2\.weight: 1 NaN or infinite values; mend them, or leave it alone"):
+        PostTrainingPalettizer(model).compress()
+
+
 def test_a_shared_module_is_found_by_each_of_its_names():
     shared = torch.nn.Linear(16, 16)
     model = torch.nn.ModuleDict({"a": shared, "b": shared})

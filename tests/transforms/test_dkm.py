@@ -622,6 +622,18 @@ def test_a_leaf_that_is_not_finite_passes_through_and_comes_back(make, worst):
     transform.finalize(good, again)["a"]["w"].validate()
 
 
+@pytest.mark.parametrize("wrong", [np.nan, -1.0])
+def test_a_schedule_that_gives_no_temperature_skips_all(wrong):
+    transform = px.dkm(2, temperature=lambda count: jnp.where(count < 1, 1.0, wrong), weight_threshold=0)
+    params = {"w": jnp.asarray(WEIGHTS)}
+    values, state = transform.update(params, transform.init(params))
+    assert (values["w"] != params["w"]).any()
+    values, after = jax.jit(transform.update)(params, state)
+    np.testing.assert_array_equal(values["w"], params["w"])
+    np.testing.assert_array_equal(after.luts["w"], state.luts["w"])
+    assert int(after.skipped["w"]) == 1
+
+
 # Ties
 
 
