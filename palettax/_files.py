@@ -65,12 +65,17 @@ def folder_beside(target: Path) -> Iterator[Path]:
         with _lock(left) as alone:
             if alone:
                 shutil.rmtree(left, ignore_errors=True)
-    try:
-        folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix)
-    except OSError as error:  # of the kind that its number says, such as PermissionError
-        raise OSError(error.errno, f"{error.strerror}; nothing can be written there", os.fspath(target)) from error
-    with folder as name, _lock(Path(name)):
-        yield Path(name)
+    with ExitStack() as held:
+        while True:
+            try:
+                folder = Path(held.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix)))
+            except OSError as error:  # of the kind that its number says, such as PermissionError
+                said = f"{error.strerror}; nothing can be written there"
+                raise OSError(error.errno, said, os.fspath(target)) from error
+            held.enter_context(_lock(folder))
+            if folder.exists():  # another process may have removed it before it was locked
+                break
+        yield folder
 
 
 @contextmanager

@@ -108,7 +108,7 @@ class Configuration:
 @functools.cache
 def _parameters(cls: type[Any]) -> tuple[str, ...]:
     """The keys of a configuration."""
-    return tuple(inspect.signature(cls.__init__).parameters)[1:]
+    return tuple(inspect.signature(cls.__init__).parameters)[1:]  # without self
 
 
 @functools.cache

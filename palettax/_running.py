@@ -230,8 +230,9 @@ def _is_one(batches: Any) -> bool:
     """Whether they are the arrays of a single batch, such as inputs and labels: as many of each, not of one kind."""
     if not isinstance(batches, tuple | list) or len(batches) < 2 or not all(getattr(b, "ndim", 0) for b in batches):
         return False
-    # A list of batches may differ in the lengths of what they hold, as sentences do.
-    kinds = {(b.ndim if isinstance(batches, list) else tuple(b.shape[1:]), str(b.dtype)) for b in batches}
+    kinds = {(b.ndim, tuple(b.shape[1:]), str(b.dtype)) for b in batches}
+    if isinstance(batches, list):  # of batches that may differ in the lengths of what they hold, as sentences do
+        kinds = {(n, shape[n > 2 or "int" in dtype :], dtype) for n, shape, dtype in kinds}
     return len({b.shape[0] for b in batches}) == 1 and len(kinds) > 1
 
 

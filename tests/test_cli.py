@@ -446,10 +446,23 @@ class Counting(torch.nn.Module):
         return self.total * 2
 
 
+class Keeping(Counting):
+    """Nobody reads what it keeps."""
+
+    def forward(self, x):
+        self.total.add_(x.half())
+        return self.linear(x)
+
+
+def kept(ct):
+    return {"states": [ct.StateType(ct.TensorType(shape=(1, 64)), "total")]}
+
+
 KINDS = {
     "any batch": lambda ct: (torch.nn.Linear(64, 64), ct.RangeDim(1, 9), {}),
     "classes": lambda ct: (torch.nn.Linear(64, 64), 1, {"classifier_config": ct.ClassifierConfig([*range(64)])}),
-    "state": lambda ct: (Counting(), 1, {"states": [ct.StateType(ct.TensorType(shape=(1, 64)), "total")]}),
+    "state": lambda ct: (Counting(), 1, kept(ct)),
+    "state that nobody reads": lambda ct: (Keeping(), 1, kept(ct)),
 }  # fmt: skip
 
 

@@ -1034,12 +1034,12 @@ def test_a_finished_mean_is_not_lost_to_a_disk(tmp_path):
 
 
 def test_inputs_and_labels_are_one_batch():
-    for batch in [(EXAMPLES["x"], EXAMPLES["y"]), [EXAMPLES["x"], EXAMPLES["x"][:, 0]]]:
+    for batch in [(EXAMPLES["x"], EXAMPLES["y"]), [EXAMPLES["x"], EXAMPLES["x"][:, :1]]]:
         with pytest.raises(ValueError, match=r"batches are one \w+; give an iterable of them"):
             px.fisher_diagonal(loss, PARAMS, batch)
     x = np.ones((4, 2), np.float32)
     assert px.fisher_diagonal(lambda w, x: x @ w, np.ones(2, np.float32), (x, 3 * x)).tolist() == [5, 5]
-    lengths = [x, np.ones((4, 5), np.float32)]
+    lengths = [x[..., None], np.ones((4, 5, 1), np.float32)]
     assert px.fisher_diagonal(lambda w, x: x.sum() * w, np.ones((), np.float32), lengths).tolist() == (4 + 25) / 2
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import sympy
 from coremltools.converters.mil.mil import types
 
 from palettax.coreml.constexpr import value_of
@@ -189,10 +189,7 @@ class _Item(NamedTuple):
 
 def _items(program: Any) -> Iterator[_Item]:
     taken: Counter[tuple[str, str, str]] = Counter()
-    symbols: dict[str, str] = {}
-
-    def type_of(var: Any) -> str:
-        return re.sub(r"\bis\d+\b", lambda found: symbols.setdefault(found[0], f"n{len(symbols)}"), _type(var))
+    symbols: dict[Any, Any] = {}
 
     for function, op in operations_of(program):
         constant = is_constant(op)
@@ -202,7 +199,7 @@ def _items(program: Any) -> Iterator[_Item]:
         taken[key] += 1
         name = key[2] if taken[key] == 1 else f"{key[2]} ({taken[key]})"
         outputs = op.outputs[-1:] if constant else op.outputs
-        yield _Item((function, key[1], name), op, constant, list(map(type_of, outputs)))
+        yield _Item((function, key[1], name), op, constant, [_type(var, symbols) for var in outputs])
 
 
 def _palette(item: _Item, lookup: Op, twin: _Item | None) -> Palette:
@@ -259,11 +256,16 @@ def _names(given: Any) -> Any:
     return getattr(given, "name", None)
 
 
-def _type(var: Any) -> str:
+def _type(var: Any, symbols: dict[Any, Any]) -> str:
     kind = var.sym_type
-    if types.is_tensor(kind):
-        return f"{kind.get_primitive().__type_info__()} {tuple(map(str, kind.get_shape()))}"
-    return str(kind.__type_info__())
+    if not types.is_tensor(kind):
+        return str(kind.__type_info__())
+    lengths = []
+    for length in kind.get_shape():
+        for symbol in sorted(getattr(length, "free_symbols", ()), key=lambda symbol: (len(symbol.name), symbol.name)):
+            symbols.setdefault(symbol, sympy.Symbol(f"n{len(symbols)}"))
+        lengths.append(str(length.subs(symbols) if hasattr(length, "subs") else length))
+    return f"{kind.get_primitive().__type_info__()} {tuple(lengths)}"
 
 
 def _descriptions_differ(one: Any, other: Any) -> Iterator[str]:

@@ -106,7 +106,8 @@ class Audit:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         verdict = "identical" if self.identical else "NOT identical" if self.leaves else "nothing to compare"
-        sizes = [sum(part.nbytes for part in parts.values()) for parts in (self.leaves, self.dense)]
+        once = {leaf.found: leaf.nbytes for leaf in self.leaves.values()}
+        sizes = [sum(once.values()), sum(part.nbytes for part in self.dense.values())]
         last = (
             f"{len(self.leaves)} palettized, {sizes[0]:,} bytes: {verdict}; {len(self.dense)} dense, {sizes[1]:,} bytes"
         )
@@ -132,13 +133,15 @@ def audit(mlmodel: ct.models.MLModel | str | Path, palettized: Tree) -> Audit:
     leaves = _named(palettized)
     target = target_of(mlmodel)
     compared = {name: _compare(name, leaf, palettes, target) for name, leaf in leaves.items() if is_palettized(leaf)}
-    for name in [name for name, leaf in compared.items() if leaf.found is None]:
+    constants = _dense(mlmodel)
+    missing = [name for name, leaf in compared.items() if leaf.found is None]
+    for name in [name for name in missing if constants.keys().isdisjoint(_ops_of(name))]:
         compared[name] = next(
             (compared[twin] for twin in compared if _is_twin(twin, name, compared, leaves)), LeafAudit()
         )
     known = {op: name for name in leaves for op in _ops_of(name)}
     unasked = tuple(sorted(palettes.keys() - {leaf.found for leaf in compared.values()}))
-    dense = {known.get(op, op): value for op, value in _dense(mlmodel).items()}
+    dense = {known.get(op, op): value for op, value in constants.items()}
     return Audit(compared, {name: _listed(value, leaves.get(name)) for name, value in dense.items()}, unasked)
 
 
@@ -165,9 +168,10 @@ def _named(tree: Tree) -> dict[str, Any]:
 
 def _is_twin(twin: str, name: str, compared: Mapping[str, LeafAudit], leaves: Mapping[str, Any]) -> bool:
     """Whether a leaf that was found is equal to another: converters store equal constants once, under one name."""
+    if compared[twin].found is None:
+        return False
     parts = [jax.tree.flatten(as_numpy(leaves[leaf])) for leaf in (twin, name)]
-    alike = parts[0][1] == parts[1][1] and all(map(same_bits, parts[0][0], parts[1][0]))
-    return compared[twin].found is not None and alike
+    return parts[0][1] == parts[1][1] and all(map(same_bits, parts[0][0], parts[1][0]))
 
 
 def _compare(name: str, ours: PalettizedArray, palettes: Mapping[str, Noted], target: ct.target) -> LeafAudit:

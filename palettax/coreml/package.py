@@ -53,7 +53,7 @@ def open_model(mlmodel: ct.models.MLModel | str | Path) -> ct.models.MLModel:
 
 def found_at(path: str | Path) -> Path:
     """Where the package of a path is: beside it, if a process was killed while `save_package` swapped two."""
-    target = Path(path)
+    target = Path(path).resolve()
     old = _old(target)
     return old if old.exists() and not target.exists() else target
 
@@ -118,12 +118,15 @@ def _name_as_stored(function: Any, stored: Any) -> None:
     """
     ops = list(_walk_stored(stored.block_specializations[stored.opset]))
     names = {op.attributes["name"].immediateValue.tensor.strings.values[0] for op in ops if "name" in op.attributes}
+    names |= {output.name for op in ops for output in op.outputs} | set(function.inputs)
     writes = iter([op.attributes["name"] for op in ops if op.type == "write_state"])
     for op in _walk(function.operations):
         if op.op_type == "coreml_update_state":
             write = next(writes).immediateValue.tensor.strings.values
             if write:
                 op.name = write[0].removesuffix("_write_state")
+            if op.outputs[0].name not in names:  # nobody reads it
+                op.outputs[0].name = op.name
         elif op.op_type == "const" and op.name not in names and op.outputs[0].child_ops:
             reader, var = op.outputs[0].child_ops[0], op.outputs[0]
             place = next((name for name, given in reader.inputs.items() if given is var), "value")
@@ -179,7 +182,9 @@ def rebuild(program: Program, mlmodel: ct.models.MLModel) -> ct.models.MLModel:
             model_description=spec.description,
             skip_model_load=mlmodel.__proxy__ is None,
         )
-    except (OSError, RuntimeError) as error:  # a full disk is the latter
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) and type(error) is not RuntimeError:  # which a full disk is
+            raise
         raise OSError(
             f"the new package could not be written in {tempfile.gettempdir()!r}, from where it is saved: {error}. "
             "TMPDIR can name another folder"
@@ -262,7 +267,7 @@ def save_package(mlmodel: ct.models.MLModel, path: str | Path) -> Path:
 
     Raises:
         ValueError: another suffix.
-        OSError: what could not be written, and where; or what is there is no package.
+        OSError: what could not be written, and where; or a file is there.
     """
     target = Path(path)
     if target.suffix != ".mlpackage":
@@ -275,7 +280,7 @@ def save_package(mlmodel: ct.models.MLModel, path: str | Path) -> Path:
     if old.exists():
         shutil.rmtree(old) if target.exists() else old.rename(target)
     with folder_beside(target) as folder:
-        fresh, plain = folder / target.name, folder / "plain"
+        fresh, plain = folder / "fresh.mlpackage", folder / "plain"
         plain.mkdir()
         try:
             mlmodel.save(str(fresh))
@@ -291,7 +296,7 @@ def save_package(mlmodel: ct.models.MLModel, path: str | Path) -> Path:
                 old.rename(target)
             raise
     shutil.rmtree(old, ignore_errors=True)
-    return target
+    return Path(path)
 
 
 def package_bytes(path: str | Path) -> int:

@@ -78,8 +78,8 @@ class Palettized(torch.nn.Module):
             self.enable(original, mask)
 
     def enable(self, original: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Use the table from now on; make it, if there is none yet."""
-        if bool((self.lut != 0).any()):
+        """Use the table from now on; make it, if there is none that has been trained."""
+        if bool(self.count > 0):
             self.enabled.fill_(True)
             return
         weights = to_numpy(self.name, _masked(original, mask))

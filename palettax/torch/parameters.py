@@ -210,7 +210,7 @@ def _asked(config: PalettizerConfig[Any], prefix: str, attention: nn.Module, own
 
 def _is_asked_for(config: PalettizerConfig[Any], place: _Place) -> bool:
     """Whether the type of a module is configured, or its very name."""
-    names = {pattern.replace("\\", "") for pattern in config.module_name_configs}
+    names = {name for pattern in config.module_name_configs for name in pattern.replace("\\", "").split("|")}
     by_type = config.where(place.asked).startswith("module_type_configs")
     return by_type or not names.isdisjoint((place.name, place.asked_name))
 

@@ -158,7 +158,7 @@ class SKMPalettizer:
         """
         _warn_of_unused("num_kmeans_workers", num_kmeans_workers, 1, "the solver uses all cores")
         with warnings.catch_warnings(action="ignore"):  # what is wrong with it, before the work; it warns at the end
-            parameters_of(self._model, self._config)
+            _check_values(parameters_of(self._model, self._config).palettized)
         if dataloader is not None and loss_fn is not None:
             tensors = self.compute_sensitivity(
                 dataloader, loss_fn, sensitivity_path, num_sensitivity_workers, fsdp_auto_wrap_policy
@@ -192,6 +192,7 @@ def _compress(
 ) -> tuple[torch.nn.Module, Report]:
     """Palettize, write into the model or a copy, and report."""
     found, dense = parameters_of(model, config)
+    _check_values(found)
     leaves: dict[str, PalettizedArray] = {}
     with progress_bar("palettizing", "parameters") as advance:
         for done, parameter in enumerate(found):
@@ -212,6 +213,12 @@ def _compress(
     return load_into(model if inplace else copied(model), leaves), summary
 
 
+def _check_values(parameters: Iterable[Parameter]) -> None:
+    for name, tensor in ((parameter.name, parameter.tensor) for parameter in parameters):
+        if bad := count_nonfinite(to_numpy(name, tensor)):
+            raise ValueError(f"{name}: {bad} NaN or infinite values; mend them, or leave it alone, as None by its name")
+
+
 def _palettized(parameter: Parameter, sensitivity: Mapping[str, np.ndarray] | None) -> PalettizedArray:
     name, mass = parameter.name, None
     if sensitivity is not None:
@@ -219,6 +226,4 @@ def _palettized(parameter: Parameter, sensitivity: Mapping[str, np.ndarray] | No
             raise ValueError(f"{name}: there are no sensitivities of it; {nearest(name, sensitivity)}")
         mass = {name: sensitivity[name]}
     weights = {name: to_numpy(name, parameter.tensor)}
-    if bad := count_nonfinite(weights[name]):
-        raise ValueError(f"{name}: {bad} NaN or infinite values; mend them, or leave it alone, as None by its name")
     return palettize(weights, recipe_of(parameter).post_training(), sensitivity=mass, weight_threshold=0)[name]

@@ -93,6 +93,8 @@ class DKMPalettizer:
     def enable_fake_palett(self, flag: bool) -> None:
         """Let layers compute with palettes, or with the weights as they are, whatever their milestones.
 
+        Tables that have been trained are gone on with.
+
         Args:
             flag: whether with palettes.
         """

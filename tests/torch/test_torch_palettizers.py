@@ -289,7 +289,7 @@ def test_the_package_holds_what_was_trained():
 
 def test_norms_are_not_meant_by_a_pattern():
     model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.LayerNorm(16))
-    for names, dense in (({".*": {}}, True), ({r"1": {}}, False), ({"1.weight": {}}, False)):
+    for names, dense in (({".*": {}}, True), ({r"1": {}}, False), ({"0|1": {}}, False), ({"1.weight": {}}, False)):
         small = PostTrainingPalettizer(model, PostTrainingPalettizerConfig.from_dict({"module_name_configs": names}))
         assert ("1.weight" not in px.torch.load.tables_of(small.compress())) == dense
 
