@@ -202,7 +202,7 @@ def leaf_and_transform(cuts, dtype, axes, vector_size, nbits, kind, seed):
     return np.random.default_rng(seed).standard_normal(shape).astype(DTYPES[dtype]), transform
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from("abcd"), recipes, min_size=1, max_size=3))
 def test_there_and_back(tmp_path_factory, drawn):
     tree, rules = {}, []
