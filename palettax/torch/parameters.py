@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +13,11 @@ from torch.nn.utils import parametrize
 from palettax._keys import warn_caller
 from palettax._names import owner_and_attribute
 from palettax.leaf import Granularity
+from palettax.palettize import count_nonfinite
 from palettax.torch.configs import Choice, PalettizerConfig
 from palettax.torch.load import names_by_tensor
 from palettax.torch.state_dict import PRUNED, metadata_prefix
+from palettax.torch.tensors import to_numpy
 
 _WITH_WEIGHT = (
     nn.Linear,
@@ -81,6 +83,15 @@ def checked_model(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def check_values(parameters: Iterable[Parameter]) -> None:
+    """Refuse parameters with NaN or infinities, before one of them changes."""
+    for parameter in parameters:
+        if bad := count_nonfinite(to_numpy(parameter.name, parameter.tensor)):
+            raise ValueError(
+                f"{parameter.name}: {bad} NaN or infinite values; mend them, or leave it alone, as None by its name"
+            )
 
 
 def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: bool = False) -> Chosen:

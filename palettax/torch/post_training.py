@@ -16,12 +16,12 @@ from palettax._keys import warn_caller
 from palettax._names import nearest
 from palettax._progress import progress_bar
 from palettax.leaf import PalettizedArray
-from palettax.palettize import count_nonfinite, palettize
+from palettax.palettize import palettize
 from palettax.report import Report, report
 from palettax.torch.configs import PalettizerConfig, PostTrainingPalettizerConfig, SKMPalettizerConfig, checked_config
 from palettax.torch.fisher import fisher_diagonal
 from palettax.torch.load import copied, load_into, names_by_tensor
-from palettax.torch.parameters import Parameter, checked_model, parameters_of
+from palettax.torch.parameters import Parameter, check_values, checked_model, parameters_of
 from palettax.torch.recipe import recipe_of
 from palettax.torch.state_dict import own_tensors, to_params
 from palettax.torch.tensors import to_numpy
@@ -158,7 +158,7 @@ class SKMPalettizer:
         """
         _warn_of_unused("num_kmeans_workers", num_kmeans_workers, 1, "the solver uses all cores")
         with warnings.catch_warnings(action="ignore"):  # what is wrong with it, before the work; it warns at the end
-            _check_values(parameters_of(self._model, self._config).palettized)
+            check_values(parameters_of(self._model, self._config).palettized)
         if dataloader is not None and loss_fn is not None:
             tensors = self.compute_sensitivity(
                 dataloader, loss_fn, sensitivity_path, num_sensitivity_workers, fsdp_auto_wrap_policy
@@ -192,7 +192,7 @@ def _compress(
 ) -> tuple[torch.nn.Module, Report]:
     """Palettize, write into the model or a copy, and report."""
     found, dense = parameters_of(model, config)
-    _check_values(found)
+    check_values(found)
     leaves: dict[str, PalettizedArray] = {}
     with progress_bar("palettizing", "parameters") as advance:
         for done, parameter in enumerate(found):
@@ -211,12 +211,6 @@ def _compress(
         if row.skipped:
             summary[name] = row._replace(skipped=dense.get(name, "no parameter"))
     return load_into(model if inplace else copied(model), leaves), summary
-
-
-def _check_values(parameters: Iterable[Parameter]) -> None:
-    for name, tensor in ((parameter.name, parameter.tensor) for parameter in parameters):
-        if bad := count_nonfinite(to_numpy(name, tensor)):
-            raise ValueError(f"{name}: {bad} NaN or infinite values; mend them, or leave it alone, as None by its name")
 
 
 def _palettized(parameter: Parameter, sensitivity: Mapping[str, np.ndarray] | None) -> PalettizedArray:

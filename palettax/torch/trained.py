@@ -7,14 +7,13 @@ import warnings
 import torch
 
 from palettax._keys import warn_caller
-from palettax.clustering.checks import check_finite
 from palettax.report import Report, report
 from palettax.torch.activations import fix_output_ranges, quantize_output
 from palettax.torch.attach import attach, detach, palettes_of
 from palettax.torch.configs import DKMPalettizerConfig, checked_config
 from palettax.torch.differentiable import Palettized
 from palettax.torch.load import copied, load_into, tensors_by_name
-from palettax.torch.parameters import Parameter, checked_model, parameters_of
+from palettax.torch.parameters import Parameter, check_values, checked_model, parameters_of
 from palettax.torch.recipe import trained_recipe_of
 from palettax.torch.recurrent import follow_parametrizations, forget_parametrizations
 from palettax.torch.tensors import to_numpy
@@ -71,8 +70,7 @@ class DKMPalettizer:
                 parameters_of(self._model, self._config, trained=True)
         model = self._model if inplace else copied(self._model)
         found, self._dense = parameters_of(model, self._config, trained=True)  # all of them before one changes
-        for parameter in found:
-            _check_values(parameter)
+        check_values(parameter for parameter in found if parameter.config.milestone == 0)
         for parameter in found:
             _attach(parameter)
         follow_parametrizations(model)
@@ -142,15 +140,6 @@ class DKMPalettizer:
         made = report(before, now, weight_threshold=0)
         reasons = self._dense | {p.name: "its palette does not count yet" for p in palettes if not p.module.enabled}
         return Report({name: row._replace(skipped=reasons.get(name, row.skipped)) for name, row in made.items()})
-
-
-def _check_values(parameter: Parameter) -> None:
-    """Refuse NaN and infinities of which a table is to be made now."""
-    if parameter.config.milestone == 0:
-        try:
-            check_finite(to_numpy(parameter.name, parameter.tensor))
-        except ValueError as error:
-            raise ValueError(f"{parameter.name}: {error}") from error
 
 
 def _attach(parameter: Parameter) -> None:
