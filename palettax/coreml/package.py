@@ -181,6 +181,7 @@ def rebuild(program: Program, mlmodel: ct.models.MLModel) -> ct.models.MLModel:
             specification_version=max(spec.specificationVersion, *versions),
             model_description=spec.description,
             skip_model_load=mlmodel.__proxy__ is None,
+            pass_pipeline=ct.PassPipeline.EMPTY,  # the program is validated once for each pass, of those skipped too
         )
     except (OSError, RuntimeError) as error:
         if not isinstance(error, OSError) and type(error) is not RuntimeError:  # which a full disk is
