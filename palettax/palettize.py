@@ -63,8 +63,6 @@ def palettize(
         raise ValueError(f'nonfinite={nonfinite!r}; choose "raise" or "keep"')
 
     def eligible(name: str, leaf: Any) -> bool:
-        if callable(getattr(leaf, "size", None)):
-            raise ValueError("it is no NumPy or JAX array; convert it, torch state dicts by px.torch.to_params")
         if not hasattr(leaf, "size") or leaf.size <= weight_threshold:
             return False
         if nonfinite == "raise":

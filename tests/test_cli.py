@@ -1,8 +1,10 @@
 """The command line: what it writes is what the library gives, and what it says is so."""
 
+import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import palettax as px
 from palettax import coreml
 from palettax._commands import app
 from palettax._commands.files import named_leaves
+from palettax._commands.interruption import interruptible
 from palettax.coreml import (
     OpPalettizerConfig,
     OptimizationConfig,
@@ -549,21 +552,78 @@ def test_help_has_two_examples_and_fits_80_columns(command):
 COMMAND = [sys.executable, "-c", "from palettax.cli import main; main()"]
 
 
-def test_an_interrupted_run_leaves_the_old_file_whole(tmp_path):
-    file = tmp_path / "model.safetensors"
-    random = np.random.default_rng(0)
-    weights = {f"{n}": torch.from_numpy(random.normal(size=(512, 512)).astype(np.float32)) for n in range(40)}
-    safetensors.torch.save_file(weights, file)
-    before = file.read_bytes()
-    options = ["--nbits", "8", "--channel-scale", "--force"]
-    running = subprocess.Popen([*COMMAND, "compress", file, file, *options], stderr=subprocess.PIPE, text=True)
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A file and a package that take seconds to palettize."""
+    folder, random = tmp_path_factory.mktemp("large"), np.random.default_rng(0)
+    weights = [torch.from_numpy(random.normal(size=(512, 512)).astype(np.float32)) for _ in range(40)]
+    safetensors.torch.save_file(
+        dict(zip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN", weights, strict=True)), folder / "m.safetensors"
+    )
+    layers = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(20)))
+    package = from_torch(layers, torch.ones(1, 512), {}, minimum_deployment_target="iOS18")
+    save_package(package, folder / "m.mlpackage")
+    return folder
+
+
+def contents(path):
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "mlpackage"])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_leaves_the_old_file_whole(large, tmp_path, kind, sent):
+    name = f"m.{kind}"
+    (shutil.copytree if kind == "mlpackage" else shutil.copy)(large / name, tmp_path / name)
+    before = contents(tmp_path)
+    command = [*COMMAND, "compress", tmp_path / name, tmp_path / name, "--nbits", "8", "--channel-scale", "--force"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     time.sleep(4)
-    running.send_signal(signal.SIGINT)
-    # On a busy machine it may not have begun.
-    assert running.communicate(timeout=60)[1] in ("Interrupted; nothing was written\n", "Interrupted\n")
-    assert running.returncode == 130
-    assert file.read_bytes() == before
-    assert os.listdir(tmp_path) == [file.name]
+    running.send_signal(sent)
+    said = running.communicate(timeout=60)[1]
+    if sent == signal.SIGINT:
+        assert running.returncode == 130
+        # On a busy machine it may not have begun.
+        assert said in ("Interrupted; nothing was written\n", "Interrupted\n")
+    assert contents(tmp_path) == before
+    assert os.listdir(tmp_path) == [name]
+    run("compress", tmp_path / name, tmp_path / name, "--nbits", 1, "--force")
+    assert os.listdir(tmp_path) == [name]
+    assert contents(tmp_path) != before
+
+
+def test_what_is_half_imported_is_imported_before_it_stops(tmp_path, monkeypatch):
+    """C++ that imports Python, as torch has, aborts the process of an exception."""
+    (tmp_path / "large_extension.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhole = True")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def work():
+        modules.append(importlib.import_module("large_extension"))
+        for _ in range(6000):
+            time.sleep(0.01)
+
+    modules = []
+    with interruptible(), pytest.raises(KeyboardInterrupt):
+        work()
+    assert modules[0].whole
+
+
+def test_on_a_terminal_there_is_a_bar(file, model, tmp_path):
+    """With how many weights are done, and the time that is left."""
+    save_package(model, tmp_path / "m.mlpackage")
+    for source, count in ((file, "6/6 leaves"), (tmp_path / "m.mlpackage", "3/3 weights")):
+        seen, terminal = os.openpty()
+        command = [*COMMAND, "compress", source, tmp_path / f"small{source.suffix}"]
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+        subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, env=environment, check=True, timeout=120)
+        os.close(terminal)
+        with os.fdopen(seen, "rb", buffering=0) as stream:
+            drawn = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", stream.read(1 << 20)).decode()
+        assert re.search(rf"palettizing .*{count} +0:00:00", drawn), drawn
+
+
+def test_the_version():
+    assert run("--version").strip() == px.__version__
 
 
 def test_json_is_all_there_is_on_stdout(file, tmp_path):

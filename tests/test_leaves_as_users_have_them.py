@@ -42,6 +42,15 @@ def test_views_of_the_same_memory_are_tied():
     assert small[2] is not small[0]
 
 
+def test_tensors_of_torch_are_to_be_converted(unchecked):
+    import torch
+
+    weights = {"w": torch.ones(60, 40)}
+    for call in (lambda: px.palettize(weights, px.kmeans(2)), lambda: px.dkm(2).init(weights)):
+        with pytest.raises(ValueError, match=r"leaf 'w' \(60, 40\) torch\.float32: it is no NumPy or JAX array"):
+            call()
+
+
 def test_a_tied_leaf_heeds_what_each_of_its_places_costs():
     """The left half matters in one place, the right half in the other."""
     left = np.arange(40) < 20

@@ -1,8 +1,11 @@
 """The Typer application that every command registers with."""
 
-from __future__ import annotations
+# No postponed annotations: typer reads them as objects.
+from typing import Annotated
 
 import typer
+
+import palettax as px
 
 
 def examples(*lines: str) -> str:
@@ -20,3 +23,19 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _say_version(asked: bool) -> bool:
+    if asked:
+        typer.echo(px.__version__)
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version.")
+    ] = False,
+) -> None:
+    del version

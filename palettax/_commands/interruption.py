@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ class Interruption:
     def __init__(self) -> None:
         self.asked = False
         self._held = False
+        self._over = False
 
     def check(self) -> None:
         """Stop here if that was asked for."""
@@ -43,10 +45,29 @@ class Interruption:
         if self.asked:
             raise KeyboardInterrupt(what)
 
-    def _stop(self, *_: Any) -> None:
+    def _stop(self, number: int, frame: Any) -> None:
         self.asked = True
-        if not self._held:
-            raise KeyboardInterrupt
+        if self._held:
+            return
+        if _imports(frame):  # an extension that is half imported may abort of an exception
+            again = threading.Timer(0.1, self._ask_again)
+            again.daemon = True
+            again.start()
+            return
+        raise KeyboardInterrupt
+
+    def _ask_again(self) -> None:
+        if not self._over:
+            _thread.interrupt_main()
+
+
+def _imports(frame: Any) -> bool:
+    """Whether a module is being imported."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager
@@ -64,6 +85,7 @@ def interruptible() -> Iterator[Interruption]:
     try:
         yield interruption
     finally:
+        interruption._over = True
         sys.unraisablehook = old
         if in_main:
             signal.signal(signal.SIGINT, before)

@@ -215,7 +215,7 @@ def _listed(value: np.ndarray, given: Any) -> Dense:
 
 
 def _dense(mlmodel: ct.models.MLModel) -> dict[str, np.ndarray]:
-    """The float constants that some op other than a decompressing one reads."""
+    """The constants that some op other than a decompressing one reads."""
     dense = {}
     for _, op in operations(mlmodel):
         readers = op.outputs[0].child_ops

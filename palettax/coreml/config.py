@@ -80,8 +80,8 @@ class OpPalettizerConfig(Configuration):
             raise ValueError(f"nbits={self.nbits}; mode={self.mode!r} finds it itself: leave nbits out")
         if (self.mode == "custom") != (self.lut_function is not None):
             raise ValueError(f"lut_function={self.lut_function!r} with mode={self.mode!r}; mode='custom' takes one")
-        if self.cluster_dim > 1 and self.mode not in ("kmeans", "unique"):
-            raise ValueError(f"cluster_dim={self.cluster_dim}; only 'kmeans' and 'unique' make tables of vectors")
+        if self.cluster_dim > 1 and self.mode == "uniform":
+            raise ValueError(f"cluster_dim={self.cluster_dim}; mode='uniform' makes no tables of vectors")
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any]) -> OpPalettizerConfig:

@@ -11,7 +11,7 @@ import jax
 import torch
 
 from palettax._keys import warn_caller
-from palettax._names import flatten_names, owner_and_attribute
+from palettax._names import flatten_names
 from palettax.coreml.forms import check_forms, in_package, parse_target
 from palettax.coreml.frontend import Captured, export, needs_trace, trace
 from palettax.coreml.inject import PASS_NAME, Tables
@@ -97,10 +97,10 @@ def _check_activations(model: torch.nn.Module, target: ct.target) -> None:
 
 def _without_gates(model: torch.nn.Module, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves, dense where the converter computes with them: it takes the gates of recurrent layers apart."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    owners = {name: modules.get(owner_and_attribute(name)[0]) for name in leaves}
-    gates = [name for name in leaves if isinstance(owners[name], torch.nn.LSTM | torch.nn.GRU)]
-    gates = [name for name in gates if is_palettized(leaves[name])]
+    recurrent = (module for module in model.modules() if isinstance(module, torch.nn.LSTM | torch.nn.GRU))
+    taken = {id(tensor) for module in recurrent for tensor in tensors_by_name(module).values()}
+    tensors = tensors_by_name(model)
+    gates = [name for name, leaf in leaves.items() if is_palettized(leaf) and id(tensors.get(name)) in taken]
     if gates:
         warn_caller(
             f"{', '.join(gates)}: dense in the package, with the values of their tables: the converter takes the gates "

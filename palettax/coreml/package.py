@@ -88,9 +88,12 @@ def load_program(mlmodel: ct.models.MLModel, target: ct.target | None = None) ->
         ValueError: the model is not an mlprogram.
     """
     spec = mlmodel.get_spec()
-    if spec.WhichOneof("Type") != "mlProgram":
+    kind = spec.WhichOneof("Type")
+    if kind is None:
+        raise ValueError("the program cannot be read (there is none); is it damaged?")
+    if kind != "mlProgram":
         raise ValueError(
-            f"the model is a {spec.WhichOneof('Type')}; only an mlProgram holds lookup tables: convert it "
+            f"the model is a {kind}; only an mlProgram holds lookup tables: convert it "
             "again with convert_to='mlprogram'"
         )
     version = spec.specificationVersion if target is None else max(spec.specificationVersion, target.value)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import coremltools as ct
 import numpy as np
-from coremltools.converters.mil.mil import Program
+from coremltools.converters.mil.mil import Program, types
 from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
 
 from palettax._keys import warn_caller
@@ -26,6 +26,7 @@ from palettax.coreml.scoped import quiet
 from palettax.coreml.weights import (
     Numbers,
     compressed_row,
+    is_floating,
     named_weights,
     numbers_of,
     output_axis,
@@ -163,8 +164,8 @@ def _planned(name: str, op: Op, config: OptimizationConfig, joint: bool) -> _Wei
     weight, size = _Weight(name, op), int(np.prod(var.shape))
     if choice.config is None:
         weight.reason = choice.where if not op.outputs[-1].child_ops else f"{choice.where} is None"
-    elif any(var in op.enclosing_block.outputs for var in op.outputs):
-        weight.reason = "it is an output of the program"
+    elif not is_floating(op):
+        weight.reason = f"{types.builtin_to_string(var.dtype)} is not floating"
     elif var.rank < 2:
         weight.reason = "it has one axis"
     elif size <= choice.config.weight_threshold:

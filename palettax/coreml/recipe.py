@@ -87,7 +87,8 @@ def _tables(config: OpPalettizerConfig, granularity: Granularity, shape: tuple[i
     if config.lut_function is not None:
         groups = granularity.groups(shape)
         block = tuple(length // count for length, count in zip(shape, groups, strict=True))
-        axis = max(range(len(shape)), key=lambda a: groups[a])
+        axis = granularity.vector_axis_of(shape)
+        axis = max(range(len(shape)), key=lambda a: groups[a]) if axis is None else axis
         return custom(_in_own_shape(config.lut_function, block, axis), granularity=granularity)
     if config.nbits is None:
         return unique(granularity=granularity)
@@ -98,16 +99,19 @@ def _tables(config: OpPalettizerConfig, granularity: Granularity, shape: tuple[i
 
 
 def _in_own_shape(function: Callable[..., Any], block: tuple[int, ...], axis: int) -> Callable[..., Any]:
-    """A function of a group, as coremltools calls it, as one of the group's elements in a row."""
+    """A function of a group, as coremltools calls it, as one of the group's elements, or vectors along the axis."""
 
-    def of_row(row: Any) -> tuple[Any, Any]:
-        weights = np.moveaxis(np.asarray(row).reshape(block), axis, 0)
+    def of_rows(rows: Any) -> tuple[Any, Any]:
+        rows, size = np.asarray(rows), np.shape(rows)[1] if np.ndim(rows) > 1 else 1
+        shape = tuple(length // size if a == axis else length for a, length in enumerate(block))
+        weights = np.moveaxis(rows.reshape(*shape, size), -1, axis + 1).reshape(block).swapaxes(0, axis)
         lut, indices = function(weights)[:2]
-        if np.size(indices) != weights.size:
+        if np.size(indices) != len(rows):
             return lut, indices
-        return lut, np.moveaxis(np.asarray(indices).reshape(weights.shape), 0, axis).reshape(-1)
+        swapped = np.empty(shape, bool).swapaxes(0, axis).shape
+        return lut, np.asarray(indices).reshape(swapped).swapaxes(0, axis).reshape(-1)
 
-    return of_row
+    return of_rows
 
 
 def in_bits_of(leaf: PalettizedArray, target: ct.target) -> PalettizedArray:

@@ -46,7 +46,7 @@ class Numbers:
 
 
 def weights_of(program: Program) -> Iterator[tuple[str, Op]]:
-    """The ops that hold a weight: float constants, and the last op of each chain that decompresses one.
+    """The ops that hold a weight: constants, and the last op of each chain that decompresses one.
 
     Args:
         program: a loaded program.
@@ -80,11 +80,20 @@ def is_part(op: Op) -> bool:
 
 
 def is_weight(op: Op) -> bool:
-    """Whether an op holds a weight or a part of one: a float array of 10 elements or more, or a compressed one."""
+    """Whether an op holds a weight or a part of one: 10 floats or integers of a byte or more, or a compressed one."""
     if op.op_type != "const":
         return decompresses(op)
     value = op.outputs[0].val
-    return isinstance(value, np.ndarray) and value.size >= _MIN_WEIGHT and np.issubdtype(value.dtype, np.floating)
+    return (
+        isinstance(value, np.ndarray)
+        and value.size >= _MIN_WEIGHT
+        and (is_floating(op) or value.dtype.name in ("int8", "uint8"))
+    )
+
+
+def is_floating(op: Op) -> bool:
+    """Whether the values of an op are floats."""
+    return types.is_float(op.outputs[0].dtype)
 
 
 def numbers_of(op: Op) -> Numbers | None:
@@ -97,7 +106,7 @@ def numbers_of(op: Op) -> Numbers | None:
         The numbers of a dense, a pruned or a quantized weight, or of one that is both; None for any other form.
     """
     if op.op_type == "const":
-        return Numbers(np.asarray(op.outputs[0].val))
+        return Numbers(np.asarray(op.outputs[0].val)) if is_floating(op) else None
     if op.op_type == SCALE and op.data.val is not None:
         return _scaled(plain(op.data.val), op)
     if op.op_type != TO_DENSE or hasattr(op, "shape"):

@@ -72,9 +72,9 @@ def fisher_diagonal(
         that are frozen and those that the loss does not depend on; one array for all names of a tied parameter.
 
     Raises:
-        ValueError: no examples; no parameter that requires a gradient, or a loss that depends on none; a loss that is
-            no scalar; a loss or a gradient that is NaN or infinite, with the batch and the example; batches whose
-            tensors disagree on how many examples there are; a checkpoint of other weights.
+        ValueError: data and loss in the other order; no examples; no parameter that requires a gradient, or a loss that
+            depends on none; a loss that is no scalar; a loss or a gradient that is NaN or infinite, with the batch and
+            the example; batches whose tensors disagree on how many examples there are; a checkpoint of other weights.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -87,6 +87,11 @@ def fisher_diagonal(
     """
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model is a {type(model).__name__}, not a torch.nn.Module; the order is model, data, loss")
+    if not callable(loss_fn):
+        raise ValueError(
+            f"dataloader is a {type(dataloader).__name__} and loss_fn a {type(loss_fn).__name__}; data come first, "
+            "then the loss, which is called as loss_fn(model, batch)"
+        )
     check_count("chunk_size", chunk_size)
     gradients = _Gradients(model, loss_fn)
     weights = list(gradients.parameters.values())

@@ -86,7 +86,8 @@ def map_leaves(function: Callable[..., Any], params: Tree, *rest: Tree | None) -
         rest: trees of its structure; None gives None for every leaf.
 
     Raises:
-        ValueError: what the function raised, with the leaf's path, shape and dtype in front; or another structure.
+        ValueError: what the function raised, with the leaf's path, shape and dtype in front; a tensor of torch; or
+            another structure.
     """
     paths, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_node)
     columns = [[None] * len(paths) if tree is None else aligned(treedef, tree, "sensitivity") for tree in rest]
@@ -97,6 +98,8 @@ def map_leaves(function: Callable[..., Any], params: Tree, *rest: Tree | None) -
         same = tuple(map(identity_of, (leaf, *others)))
         if same not in done:
             try:
+                if callable(getattr(leaf, "size", None)):
+                    raise ValueError("it is no NumPy or JAX array; convert it, torch state dicts by px.torch.to_params")
                 done[same] = leaf if isinstance(leaf, MaskedNode) else function(name, leaf, *others)
             except ValueError as error:
                 shape = tuple(getattr(leaf, "shape", ()))

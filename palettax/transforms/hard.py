@@ -86,7 +86,9 @@ def uniform(nbits: int, *, granularity: Granularity = PER_TENSOR) -> PaletteTran
         8
     """
     check_nbits(nbits)
-    _check_scalars(granularity)
+    check_granularity(granularity)
+    if granularity.vector_size != 1:
+        raise ValueError(f"vector_size={granularity.vector_size}; uniform makes no tables of vectors")
     return _hard(lambda weights, sensitivity, key: uniform_groups(weights, nbits), granularity)
 
 
@@ -128,7 +130,8 @@ def custom(
     Args:
         lut_function: `weights (n,) -> (lut, indices)`, or `-> LutFit`, called once per group. The lut has 1 to 256
             values, the indices one entry per weight; lists will do. A fit with `converged=False` leaves the leaf dense.
-        granularity: which weights share a table.
+            Of vectors it is `weights (m, d) -> (lut (k, d), indices (m,))`, and the table is in lexicographic order.
+        granularity: which weights share a table, and how many share an index.
 
     Raises:
         ValueError: from `update` and `finalize`: a table that is empty, too long or not finite; indices that are of
@@ -141,13 +144,14 @@ def custom(
         >>> px.palettize(weights, px.custom(sign))["w"].nbits
         1
     """
-    _check_scalars(granularity)
+    check_granularity(granularity)
 
     def fit(weights: Array, sensitivity: Array | None, key: PRNGKey | None) -> LutFit:
         rows = [_custom_row(lut_function(row), row) for row in weights]
         k = 2 ** nbits_for(max(row.lut.shape[0] for row in rows))
         xp = numpy_of(*jax.tree.leaves(rows))
-        padded = [row._replace(lut=xp.pad(row.lut, (0, k - row.lut.shape[0]), mode="edge")) for row in rows]
+        across = [(0, 0)] * (weights.ndim - 2)
+        padded = [row._replace(lut=xp.pad(row.lut, [(0, k - len(row.lut)), *across], mode="edge")) for row in rows]
         return jax.tree.map(lambda *leaves: xp.stack(leaves), *padded)
 
     return _hard(fit, granularity, must_converge=True)
@@ -160,14 +164,17 @@ def _custom_row(result: LutFit | tuple[Any, Any], weights: Array) -> LutFit:
     xp = numpy_of(weights, result[0], result[1])
     lut = xp.asarray(result[0]).astype(weights.dtype)
     indices = xp.asarray(result[1]).reshape(-1).astype(np.int32)
-    if lut.ndim != 1 or not 1 <= lut.size <= 256:
-        raise ValueError(f"lut_function gave a lut of shape {lut.shape}; give one row of 1 to 256 values")
-    if indices.size != weights.size:
-        raise ValueError(f"lut_function gave {indices.size} indices for {weights.size} weights; give one each")
-    if not is_traced(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < lut.size:
-        raise ValueError(f"lut_function gave indices outside its lut of {lut.size} values")
+    count, parts = len(weights), weights.shape[1:]
+    if lut.ndim != weights.ndim or lut.shape[1:] != parts or not 1 <= len(lut) <= 256:
+        wanted = f"1 to 256 rows of {parts[0]}" if parts else "one row of 1 to 256 values"
+        raise ValueError(f"lut_function gave a lut of shape {lut.shape}; give {wanted}")
+    if indices.size != count:
+        kind = "vectors" if parts else "weights"
+        raise ValueError(f"lut_function gave {indices.size} indices for {count} {kind}; give one each")
+    if not is_traced(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(lut):
+        raise ValueError(f"lut_function gave indices outside its lut of {len(lut)} values")
     check_finite(lut)
-    order = xp.argsort(lut, stable=True)
+    order = xp.lexsort(lut.reshape(len(lut), -1).T[::-1])
     rank = xp.argsort(order, stable=True).astype(np.uint8)
     inertia = xp.sum((weights - lut[indices]) ** 2)
     converged = result.converged if isinstance(result, LutFit) else xp.ones((), bool)
@@ -178,12 +185,6 @@ def check_granularity(granularity: Granularity) -> None:
     """Refuse what is no `Granularity`."""
     if not isinstance(granularity, Granularity):
         raise ValueError(f"granularity={granularity!r}; give a Granularity, such as Granularity(group_size=16)")
-
-
-def _check_scalars(granularity: Granularity) -> None:
-    check_granularity(granularity)
-    if granularity.vector_size != 1:
-        raise ValueError(f"vector_size={granularity.vector_size}; only kmeans and unique make tables of vectors")
 
 
 def _hard(

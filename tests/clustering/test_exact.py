@@ -105,6 +105,19 @@ def test_same_as_kmeans1d():
         np.testing.assert_allclose(px.kmeans_lut(weights, nbits).lut, np.float32(centroids), rtol=1e-5)
 
 
+def test_the_example_of_kmeans1d():
+    """Its own test, by hand: four clusters, each at its mean; and weights that count as repetitions do."""
+    x = np.float32([4.0, 4.1, 4.2, -50, 200.2, 200.4, 200.9, 80, 100, 102])
+    fit = px.kmeans_lut(x, 2)
+    np.testing.assert_allclose(fit.lut, [-50, 4.1, 94, 200.5], rtol=1e-6)
+    assert np.asarray(fit.indices).tolist() == [1, 1, 1, 0, 3, 3, 3, 2, 2, 2]
+    counts = np.arange(1, 11)
+    weighted = px.kmeans_lut(x, 2, sensitivity=counts.astype(np.float32))
+    repeated = px.kmeans_lut(np.repeat(x, counts), 2)
+    np.testing.assert_allclose(weighted.lut, repeated.lut, rtol=1e-6)
+    np.testing.assert_array_equal(np.repeat(weighted.indices, counts), repeated.indices)
+
+
 @pytest.mark.parametrize("kind", ["normal", "heavy", "bimodal"])
 def test_nothing_beats_it(kind):
     weights = data(kind, 3000).astype(np.float32)

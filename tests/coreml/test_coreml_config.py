@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
+import attrs
 import coremltools.optimize.coreml as cto
 import pytest
 from coreml_programs import model, peer, readers
@@ -29,6 +31,11 @@ def test_defaults(Op, Whole):
     assert (Whole().global_config, Whole().op_type_configs, Whole().op_name_configs) == (None, {}, {})
 
 
+def test_positions_are_those_of_coremltools():
+    theirs = [field.name for field in attrs.fields(cto.OpPalettizerConfig)]
+    assert [field.name for field in dataclasses.fields(OpPalettizerConfig)] == theirs
+
+
 @LIBRARIES
 @pytest.mark.parametrize(
     "keys",
@@ -37,10 +44,13 @@ def test_defaults(Op, Whole):
         {"mode": "uniform"},
         {"mode": "median", "nbits": 4},
         {"nbits": 5},
+        {"nbits": 7},
         {"nbits": "4"},
         {"mode": "unique", "nbits": 4},
         {"mode": "custom"},
+        {"mode": "custom", "lut_function": 3},
         {"mode": "custom", "nbits": 4, "lut_function": len},
+        {"mode": "unique", "lut_function": len},
         {"nbits": 4, "lut_function": len},
         {"nbits": 4, "granularity": "per_channel"},
         {"nbits": 4, "granularity": "per_block"},
@@ -62,7 +72,7 @@ def test_both_refuse(Op, Whole, keys):
         ({"nbits": True}, "nbits=True"),
         ({"nbits": 4, "group_size": -1}, "group_size=-1; use an integer, 0 or more"),
         ({"nbits": 4, "cluster_dim": 0}, "cluster_dim=0; use an integer, 1 or more"),
-        ({"nbits": 4, "mode": "uniform", "cluster_dim": 2}, "only 'kmeans' and 'unique' make tables of vectors"),
+        ({"nbits": 4, "mode": "uniform", "cluster_dim": 2}, "mode='uniform' makes no tables of vectors"),
         ({"nbits": 4, "num_kmeans_workers": 0}, "num_kmeans_workers=0"),
         ({"nbits": 4, "weight_threshold": None}, "weight_threshold=None"),
     ],
@@ -86,6 +96,17 @@ NESTED = {
     "op_type_configs": {"conv": {"mode": "uniform", "nbits": 1, "weight_threshold": 100}, "linear": None},
     "op_name_configs": {"add_cast_fp16": {"mode": "unique"}},
 }
+EVERY_KEY = {
+    "mode": "kmeans",
+    "nbits": 3,
+    "granularity": "per_grouped_channel",
+    "group_size": 8,
+    "channel_axis": 1,
+    "cluster_dim": 2,
+    "enable_per_channel_scale": True,
+    "num_kmeans_workers": 3,
+    "weight_threshold": 7,
+}
 
 
 @LIBRARIES
@@ -101,6 +122,9 @@ def test_dicts_and_yaml(Op, Whole, tmp_path):
     assert Whole.from_yaml(str(tmp_path / "config.yaml")) == built
     with (tmp_path / "config.yaml").open() as stream:
         assert Whole.from_yaml(stream) == built
+    own_type = {"config_type": "OpPalettizerConfig", **EVERY_KEY}
+    whole = {"config_type": "OpPalettizerConfig", "op_type_configs": {"conv": own_type}}
+    assert Whole.from_dict(whole).op_type_configs == {"conv": Op(**EVERY_KEY)}
 
 
 @LIBRARIES
@@ -110,8 +134,9 @@ def test_dicts_and_yaml(Op, Whole, tmp_path):
         {**NESTED, "globl_config": {}},
         {**NESTED, "config_type": "OpMagicConfig"},
         {"config_type": "OpPalettizerConfig", "global_config": {"mode": "custom", "lut_function": len}},
+        {"config_type": "OpPalettizerConfig", "op_type_configs": 123},
     ],
-    ids=["part", "type", "function"],
+    ids=["part", "type", "function", "number"],
 )
 def test_dicts_that_both_refuse(Op, Whole, config):
     with pytest.raises((ValueError, TypeError, KeyError, AttributeError)):

@@ -260,6 +260,17 @@ def test_what_export_does_not_convert_is_traced():
     assert audit(mlmodel, leaves).identical
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_gates_are_dense_by_any_name_of_theirs():
+    model = Recurrent()
+    model.alias = model.lstm.weight_hh_l0
+    with pytest.warns(UserWarning, match="alias: dense in the package"):
+        mlmodel = from_torch(
+            model, torch.zeros(1, 4, 8), {"alias": random_leaf((32, 8))}, minimum_deployment_target="iOS18"
+        )
+    assert read_palettes(mlmodel) == {}
+
+
 def test_options_go_through_to_the_converter():
     leaves = {"weight": random_leaf((6, 16))}
     mlmodel = from_torch(

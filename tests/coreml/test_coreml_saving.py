@@ -1,7 +1,6 @@
 """A package is written whole or not at all, whatever goes wrong, and what was there before stays."""
 
 import os
-import shutil
 import subprocess
 import sys
 
@@ -104,14 +103,19 @@ def test_the_name_is_checked_before_the_work(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing"])
-def test_damaged_weights_are_a_clear_error(damage, tmp_path):
+DAMAGED = ["weight.bin", "model.mlmodel", "Manifest.json"]
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "missing"])
+def test_damage_is_a_clear_error(damage, name, tmp_path):
     target = save_package(model(), tmp_path / "m.mlpackage")
-    weights = next(target.rglob("weight.bin"))
+    (part,) = target.rglob(name)
+    whole = part.read_bytes()
     if damage == "missing":
-        shutil.rmtree(weights.parent)
+        part.unlink()
     else:
-        weights.write_bytes(weights.read_bytes()[:100])
+        part.write_bytes({"cut": whole[:100], "empty": b"", "other": b"\xff\x07" * len(whole)}[damage])
     with pytest.raises(ValueError, match=r"cannot be read .*damaged|no Core ML package"):
         palettize_weights(target, asked(nbits=4))
 

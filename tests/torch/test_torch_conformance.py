@@ -199,6 +199,7 @@ CHOSEN = {
         {"module_type_configs": {"MultiheadAttention": None}, "module_name_configs": {"multihead.out_proj": None}},
         {"modconv.weight", "modlinear.weight", "embedding.weight"},
     ),
+    "nothing": ({"global_config": None}, set()),
 }
 
 

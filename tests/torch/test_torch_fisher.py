@@ -501,6 +501,7 @@ def test_wrong_calls_say_what_to_do(unchecked):
     model, data = make("perceptron", 6)
     cases = [
         ((model, [], loss_of), {}, "hold no examples"),
+        ((model, loss_of, [data]), {}, "dataloader is a function and loss_fn a list; data come first"),
         ((model, data[0], loss_of), {}, "batches are one Tensor"),
         ((model, [(data[0], data[1][:4])], loss_of), {}, "{'0': 6, '1': 4}"),
         ((model, [data], loss_of), {"chunk_size": 0}, "chunk_size=0"),

@@ -572,6 +572,16 @@ def test_recurrent_layers_are_palettized_only_when_asked_for(palettizer):
         assert {name for name, leaf in leaves.items() if is_palettized(leaf)} == {"head.weight"}
 
 
+def test_what_the_work_is_shared_among_has_no_effect():
+    with pytest.warns(UserWarning, match="num_kmeans_workers=8 has no effect: the solver uses all cores"):
+        PostTrainingPalettizer(torch.nn.Linear(64, 64)).compress(num_kmeans_workers=8)
+    palettizer = SKMPalettizer(torch.nn.Linear(64, 64))
+    options = {"num_kmeans_workers": 8, "num_sensitivity_workers": 2, "fsdp_auto_wrap_policy": len}
+    with pytest.warns(UserWarning, match="has no effect") as warned:
+        palettizer.compress([torch.ones(2, 64)], lambda model, x: model(x).sum(), **options)
+    assert sorted(str(one.message).split("=")[0] for one in warned) == sorted(options)
+
+
 class Recurrent(torch.nn.Module):
     def __init__(self, kind):
         super().__init__()

@@ -264,6 +264,34 @@ def test_custom_is_called_once_per_group_and_takes_the_width_of_the_longest():
     np.testing.assert_array_equal(small.depalettize(), weights)
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_custom_of_vectors_is_sorted_and_padded_too(jit):
+    granularity = px.Granularity(group_size=4, vector_size=2, vector_axis=1)
+    # Five pairs, in no order, of which the second group lacks two.
+    lut = np.float32([[1, 2], [-1, 5], [1, 0], [3, 3], [-1, 4]])
+    chosen = np.arange(40).reshape(2, 20) % np.array([[5], [3]])
+    weights = lut[chosen].reshape(8, 10)
+    calls = []
+
+    def nearest(vectors):
+        calls.append(vectors.shape)
+        return lut, ((vectors[:, None] - lut) ** 2).sum(axis=2).argmin(axis=1)
+
+    transform = px.custom(nearest, granularity=granularity)
+    small = (jax.jit(lambda w: transform.finalize(w, ())) if jit else lambda w: run(transform, w))(weights)
+    assert calls == [(20, 2)] * 2
+    assert (small.nbits, small.lut.shape, small.indices.shape) == (3, (2, 1, 8, 2), (8, 5))
+    assert small.lut[1, 0].tolist() == [[-1, 4], [-1, 5], [1, 0], [1, 2], *[[3, 3]] * 4]
+    np.testing.assert_array_equal(small.depalettize(), weights)
+    if not jit:
+        for answer, message in (
+            (([1.0, 2.0], [0] * 20), "give 1 to 256 rows of 2"),
+            ((lut, [0] * 19), "for 20 vectors"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                run(px.custom(lambda v, answer=answer: answer, granularity=granularity), weights)
+
+
 def test_a_custom_fit_that_did_not_converge_leaves_the_leaf_dense():
     weights = np.arange(400, dtype=np.float32).reshape(20, 20)
     transform = px.custom(lambda w: px.unique_lut(w, 8))
