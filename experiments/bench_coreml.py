@@ -169,7 +169,7 @@ def main() -> None:
     for keys in ({"nbits": 4}, {"nbits": 4, **GROUPED}):
         ours(first, keys)
     took = time.perf_counter() - start
-    compiled = f"The first two calls of palettax in the process, on the MNIST network: {took:.1f} s."
+    compiled = f"The first two calls of palettax, on the MNIST network: {took:.1f} s, with what numba has cached."
     rows: list[Row] = []
     for name in [chosen] if chosen else names:
         mlmodel = package(name)

@@ -38,4 +38,5 @@ def options(
         bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version.")
     ] = False,
 ) -> None:
+    """What holds for all commands; `--version` has been dealt with by now."""
     del version

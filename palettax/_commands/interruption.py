@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import signal
 import sys
 import threading
@@ -22,7 +21,7 @@ class Interruption:
     def __init__(self) -> None:
         self.asked = False
         self._held = False
-        self._over = False
+        self._again: threading.Timer | None = None
 
     def check(self) -> None:
         """Stop here if that was asked for."""
@@ -49,16 +48,18 @@ class Interruption:
         self.asked = True
         if self._held:
             return
-        if _imports(frame):  # an extension that is half imported may abort of an exception
-            again = threading.Timer(0.1, self._ask_again)
-            again.daemon = True
-            again.start()
-            return
-        raise KeyboardInterrupt
+        if not _imports(frame) or not hasattr(signal, "pthread_kill"):
+            raise KeyboardInterrupt
+        # An extension that is half imported may abort of an exception.
+        if self._again is None or not self._again.is_alive():
+            self._again = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, number))
+            self._again.daemon = True
+            self._again.start()
 
-    def _ask_again(self) -> None:
-        if not self._over:
-            _thread.interrupt_main()
+    def end(self) -> None:
+        """Forget what was asked for."""
+        if self._again is not None:
+            self._again.cancel()
 
 
 def _imports(frame: Any) -> bool:
@@ -85,7 +86,7 @@ def interruptible() -> Iterator[Interruption]:
     try:
         yield interruption
     finally:
-        interruption._over = True
+        interruption.end()
         sys.unraisablehook = old
         if in_main:
             signal.signal(signal.SIGINT, before)

@@ -80,8 +80,8 @@ class Audit:
 
     Attributes:
         leaves: per palettized weight, by name.
-        dense: every float constant of 10 elements or more that is not part of a table, by the name of its leaf where
-            there is one, else of its op. They are listed, not compared.
+        dense: every constant of at least 10 floats, or integers of one byte, that is not part of a table, by the name
+            of its leaf where there is one, else of its op. They are listed, not compared.
         unasked: tables in the package that stand for none of the weights.
     """
 
@@ -207,6 +207,8 @@ def _listed(value: np.ndarray, given: Any) -> Dense:
     """A dense constant, and why it is dense."""
     if is_palettized(given):
         reason = "its table did not get into the package"
+    elif not np.issubdtype(value.dtype, np.floating):
+        reason = f"{value.dtype.name} is not floating"
     elif value.ndim < 2:
         reason = "it has one axis"
     else:

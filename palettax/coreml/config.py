@@ -41,8 +41,9 @@ class OpPalettizerConfig(Configuration):
         mode: "kmeans", the table of least squared error; "uniform", equal steps from the smallest weight to the
             largest; "unique", the very values, where there are few enough; "custom", what `lut_function` gives.
         nbits: of an index: 1, 2, 3, 4, 6 or 8. For "kmeans" and "uniform" only; the other modes find it themselves.
-        lut_function: for "custom": of a group's weights, `(table, indices)`. A group along another axis than the first
-            comes with that axis in front.
+        lut_function: for "custom": of a group's weights, `(table, indices)`, with 1 to 256 entries. A group along
+            another axis than the first comes with these two axes exchanged. With `cluster_dim` d the table is (k, d),
+            and there is an index for each d neighbours along the first axis.
         granularity: "per_tensor", or "per_grouped_channel": a table for every `group_size` channels.
         group_size: channels of a group; 0 for all of them.
         channel_axis: the axis that groups are cut along; None for that of the outputs of the op.
@@ -211,7 +212,7 @@ class OptimizationConfig(Configuration):
                 return self._named(name)
         readers = weight.outputs[-1].child_ops
         if not readers:
-            return Choice(None, "no op reads it: it is an output of the program")
+            return Choice(None, "no op reads it: it is an output")
         choices = [self._of_reader(reader) for reader in readers]
         for reader, choice in zip(readers, choices, strict=True):
             if choice.config != choices[0].config:

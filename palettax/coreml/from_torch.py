@@ -98,13 +98,13 @@ def _check_activations(model: torch.nn.Module, target: ct.target) -> None:
 def _without_gates(model: torch.nn.Module, leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves, dense where the converter computes with them: it takes the gates of recurrent layers apart."""
     recurrent = (module for module in model.modules() if isinstance(module, torch.nn.LSTM | torch.nn.GRU))
-    taken = {id(tensor) for module in recurrent for tensor in tensors_by_name(module).values()}
+    taken = {id(tensor) for module in recurrent for tensor in module.parameters(recurse=False)}
     tensors = tensors_by_name(model)
     gates = [name for name, leaf in leaves.items() if is_palettized(leaf) and id(tensors.get(name)) in taken]
     if gates:
         warn_caller(
             f"{', '.join(gates)}: dense in the package, with the values of their tables: the converter takes the gates "
-            "of LSTM and GRU apart"
+            "of LSTM and GRU apart. palettize_weights with mode='unique' makes tables of those values, without loss"
         )
     return {name: leaf.depalettize() if name in gates else leaf for name, leaf in leaves.items()}
 

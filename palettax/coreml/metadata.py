@@ -51,7 +51,7 @@ def get_weights_metadata(
             values = value_of(op.outputs[0])
             found[name] = optimize.CoreMLWeightMetaData(
                 values,
-                sparsity=float((np.abs(values) <= _ZERO).mean()),
+                sparsity=float(((values >= -_ZERO) & (values <= _ZERO)).mean()),
                 unique_values=int(distinct_count(values.reshape(-1))),
                 child_ops=[
                     optimize.CoreMLOpMetaData(reader.op_type, reader.name, _constants(reader))

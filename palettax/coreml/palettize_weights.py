@@ -54,6 +54,8 @@ def palettize_weights(
 ) -> ct.models.MLModel:
     """Palettize the weights of a Core ML model; all else stays as it is, bit for bit.
 
+    A weight that an op reads and the program returns is returned as its table gives it.
+
     Args:
         mlmodel: an mlprogram of any number of functions, or the path of one; it is not changed. One from before iOS16,
             which has no lookup tables, is raised to iOS16.
@@ -160,12 +162,15 @@ def _warn_unmatched(config: OptimizationConfig, program: Program) -> None:
 
 def _planned(name: str, op: Op, config: OptimizationConfig, joint: bool) -> _Weight:
     """A weight with its configuration, or why it stays as it is."""
-    choice, var = config.choose(op), op.outputs[0]
-    weight, size = _Weight(name, op), int(np.prod(var.shape))
+    weight, var = _Weight(name, op), op.outputs[0]
+    if not is_floating(op):
+        weight.reason = f"{types.builtin_to_string(var.dtype)} is not floating"
+        return weight
+    choice, size = config.choose(op), int(np.prod(var.shape))
     if choice.config is None:
         weight.reason = choice.where if not op.outputs[-1].child_ops else f"{choice.where} is None"
-    elif not is_floating(op):
-        weight.reason = f"{types.builtin_to_string(var.dtype)} is not floating"
+    elif op.enclosing_block.outer_op is not None and any(v in op.enclosing_block.outputs for v in op.outputs):
+        weight.reason = "it is an output of a branch or a loop"
     elif var.rank < 2:
         weight.reason = "it has one axis"
     elif size <= choice.config.weight_threshold:

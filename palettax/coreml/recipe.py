@@ -108,7 +108,7 @@ def _in_own_shape(function: Callable[..., Any], block: tuple[int, ...], axis: in
         lut, indices = function(weights)[:2]
         if np.size(indices) != len(rows):
             return lut, indices
-        swapped = np.empty(shape, bool).swapaxes(0, axis).shape
+        swapped = [weights.shape[0] // size, *weights.shape[1:]]
         return lut, np.asarray(indices).reshape(swapped).swapaxes(0, axis).reshape(-1)
 
     return of_rows

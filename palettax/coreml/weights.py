@@ -80,7 +80,7 @@ def is_part(op: Op) -> bool:
 
 
 def is_weight(op: Op) -> bool:
-    """Whether an op holds a weight or a part of one: 10 floats or integers of a byte or more, or a compressed one."""
+    """Whether an op holds a weight or a part of one: 10 floats or integers of a byte at least, or a compressed one."""
     if op.op_type != "const":
         return decompresses(op)
     value = op.outputs[0].val
@@ -106,7 +106,7 @@ def numbers_of(op: Op) -> Numbers | None:
         The numbers of a dense, a pruned or a quantized weight, or of one that is both; None for any other form.
     """
     if op.op_type == "const":
-        return Numbers(np.asarray(op.outputs[0].val)) if is_floating(op) else None
+        return Numbers(np.asarray(op.outputs[0].val))
     if op.op_type == SCALE and op.data.val is not None:
         return _scaled(plain(op.data.val), op)
     if op.op_type != TO_DENSE or hasattr(op, "shape"):

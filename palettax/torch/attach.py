@@ -20,16 +20,21 @@ class Palette(NamedTuple):
     """A palette of a model, and the parameter it is of.
 
     Attributes:
-        name: the dotted name of the weight.
+        names: the dotted names of the weight: several of one that is tied.
         module: the palette.
         original: the parameter.
         mask: of a weight that is being pruned, what is left of it; None of others.
     """
 
-    name: str
+    names: list[str]
     module: Palettized
     original: torch.nn.Parameter
     mask: torch.Tensor | None
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
 
     def step(self) -> None:
         """Count a step."""
@@ -44,18 +49,18 @@ class Palette(NamedTuple):
         return self.module.palettized(self.original, self.mask)
 
 
-def palettes_of(model: torch.nn.Module) -> Iterator[Palette]:
+def palettes_of(model: torch.nn.Module) -> list[Palette]:
     """The palettes of a model, that of a tied parameter once.
 
     Args:
         model: prepared, or a copy or a wrapper of one that is.
     """
-    seen: set[int] = set()
-    for path, owner in model.named_modules():
-        for attribute, palette, original, mask in _of_module(owner):
-            if id(palette) not in seen:
-                seen.add(id(palette))
-                yield Palette(f"{path}.{attribute}" if path else attribute, palette, original, mask)
+    found: dict[int, Palette] = {}
+    for path, owner in model.named_modules(remove_duplicate=False):
+        for attribute, module, original, mask in _of_module(owner):
+            palette = found.setdefault(id(module), Palette([], module, original, mask))
+            palette.names.append(f"{path}.{attribute}" if path else attribute)
+    return list(found.values())
 
 
 def attach(palette: Palettized, owner: torch.nn.Module, attribute: str) -> None:

@@ -63,7 +63,7 @@ class DKMPalettizer:
         Raises:
             ValueError: it is prepared already; or naming the parameter, what cannot be palettized about it.
         """
-        if next(palettes_of(self._model), None) is not None:
+        if palettes_of(self._model):
             raise ValueError("the model is prepared already; train it, or finalize it first")
         if not inplace:  # what torch cannot copy is refused by name
             with warnings.catch_warnings(action="ignore"):
@@ -82,7 +82,7 @@ class DKMPalettizer:
 
     def step(self) -> None:
         """Count a step: a palette whose milestone it is starts now. Call it after the optimizer's step."""
-        palettes = list(palettes_of(self._model))
+        palettes = palettes_of(self._model)
         if not palettes:
             warn_caller("the model has no palettes; call prepare, and train what it returns")
         for palette in palettes:
@@ -119,7 +119,7 @@ class DKMPalettizer:
         """
         model = self._model if model is None else model
         model = model if inplace else copied(model)
-        palettes = list(palettes_of(model))
+        palettes = palettes_of(model)
         if not palettes:
             warn_caller("the model has no palettes; call prepare, and finalize what it returns")
         leaves = {palette.name: palette.palettized() for palette in palettes if palette.module.used}
@@ -132,13 +132,15 @@ class DKMPalettizer:
 
     def report(self) -> Report:
         """What the palettes of now would make of each parameter, and why others have none; print it to read it."""
-        palettes = list(palettes_of(self._model))
+        palettes = palettes_of(self._model)
         others = tensors_by_name(self._model)
-        before = {palette.name: to_numpy(palette.name, palette.original) for palette in palettes}
+        before = {name: to_numpy(name, palette.original) for palette in palettes for name in palette.names}
         before |= {name: to_numpy(name, others[name]) for name in self._dense if name in others}
-        now = before | {palette.name: palette.palettized() for palette in palettes if palette.module.enabled}
+        enabled = [palette for palette in palettes if palette.module.enabled]
+        now = before | {name: leaf for p in enabled for leaf in [p.palettized()] for name in p.names}
         made = report(before, now, weight_threshold=0)
-        reasons = self._dense | {p.name: "its palette does not count yet" for p in palettes if not p.module.enabled}
+        waiting = {name for palette in palettes for name in palette.names if not palette.module.enabled}
+        reasons = self._dense | dict.fromkeys(waiting, "its palette does not count yet")
         return Report({name: row._replace(skipped=reasons.get(name, row.skipped)) for name, row in made.items()})
 
 

@@ -98,6 +98,9 @@ def test_integers(library, dtype, tables):
 
     mlmodel = program(build, (2,), dtype=types.int32)
     assert len(compressed(library.small(mlmodel, nbits=4))) == tables[library.module]
+    config = library.config(nbits=4)
+    config.set_op_type("gather", None)
+    assert compressed(library.small(mlmodel, config)) == []
     if dtype == np.int8:
         (row,) = pc.compress_weights(mlmodel, Library(pc).config(nbits=4)).report.values()
         assert (row.skipped, row.dtype, row.nbytes) == ("int8 is not floating", "int8", 40)
@@ -107,6 +110,29 @@ def test_metadata_is_of_as_many_elements_as_the_threshold(library):
     mlmodel = one_weight(normal(20, 24))
     counts = [len(peer(library.module.get_weights_metadata, mlmodel, weight_threshold=t)) for t in (480, 481)]
     assert counts == [1, 0]
+
+
+def test_the_smallest_integer_is_no_zero():
+    """It has no magnitude of its own type."""
+
+    def build(indices):
+        return mb.cast(x=mb.gather(x=np.full((10, 4), -128, np.int8), indices=indices), dtype="fp32")
+
+    (found,) = get_weights_metadata(program(build, (2,), dtype=types.int32), 10).values()
+    assert (found.sparsity, found.unique_values) == (0, 1)
+
+
+def test_integers_that_are_stored_once_are_counted_once():
+    numbers = np.arange(400).reshape(100, 4).astype(np.int8)
+
+    def build(indices):
+        tables = [mb.const(val=numbers.copy(), name=name) for name in ("one", "two")]
+        rows = [mb.cast(x=mb.gather(x=table, indices=indices), dtype="fp32") for table in tables]
+        return mb.add(x=rows[0], y=rows[1]), mb.gather_nd(x=tables[0], indices=mb.expand_dims(x=indices, axes=[1]))
+
+    config = pc.OptimizationConfig({"nbits": 4}, {"gather": None})  # of ops that read one, one is left alone
+    report = pc.compress_weights(program(build, (2,), dtype=types.int32), config).report
+    assert report.nbytes == max(row.nbytes for row in report.values()) == 400
 
 
 def test_metadata_of_a_small_example(library):
@@ -171,6 +197,24 @@ def test_an_output_that_is_asked_for_by_name():
     mlmodel = program(lambda x: (mb.add(x=x, y=1.0), mb.const(val=normal(16, 16), name="out")), (4, 16))
     small = pc.palettize_weights(mlmodel, pc.OptimizationConfig(op_name_configs={"out": Library(pc).op(nbits=2)}))
     assert len(np.unique(outputs(small, [normal(4, 16)])[1])) == 4
+
+
+def test_an_output_of_a_branch_stays():
+    def build(x, choice):
+        weights = [normal(16, 16), normal(16, 16, seed=1)]
+        return mb.cond(
+            pred=mb.squeeze(x=mb.greater(x=choice, y=0.0)),
+            _true_fn=lambda: mb.const(val=weights[0], name="yes"),
+            _false_fn=lambda: mb.const(val=weights[1], name="no"),
+        )
+
+    mlmodel = program(build, (4, 16), (1,))
+    config = pc.OptimizationConfig(Library(pc).op(nbits=2), op_name_configs={"yes": Library(pc).op(nbits=2)})
+    report = pc.compress_weights(mlmodel, config).report
+    assert [row.skipped for row in report.values()] == [
+        "it is an output of a branch or a loop",
+        "no op reads it: it is an output",
+    ]
 
 
 def test_every_op_that_reads_a_weight(library):
@@ -345,6 +389,22 @@ def nearest_entries(group):
     """For each pair along the first axis of a group."""
     pairs = np.stack([group[::2], group[1::2]], axis=-1)
     return np.abs(pairs[..., None, :] - ENTRIES).sum(axis=-1).argmin(axis=-1)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_custom_functions_get_the_axis_of_groups_in_the_place_of_the_first(library, axis):
+    weights, seen = normal(8, 6, 4), []
+
+    def function(group):
+        seen.append(group)
+        return np.float32([-1, 1]), (group > 0).reshape(-1)
+
+    keys = {"granularity": "per_grouped_channel", "group_size": 2, "channel_axis": axis}
+    mlmodel = program(lambda x: mb.conv(x=x, weight=weights, name="conv"), (1, 6, 9))
+    small = library.small(mlmodel, mode="custom", lut_function=function, **keys)
+    front = weights.swapaxes(0, axis)
+    assert all(map(np.array_equal, seen, np.split(front, len(front) // 2)))
+    np.testing.assert_array_equal(the_weight(small), np.sign(weights))
 
 
 @pytest.mark.parametrize("axis", [None, 0, 2])

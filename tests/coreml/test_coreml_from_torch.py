@@ -11,7 +11,7 @@ import pytest
 import torch
 from coreml_models import Deconvolution, Mixed, Mnist
 
-from palettax.coreml import audit, from_torch, read_palettes
+from palettax.coreml import OptimizationConfig, audit, from_torch, palettize_weights, read_palettes
 from palettax.torch import load_into, to_params
 from tests.leaves import random_leaf
 
@@ -261,14 +261,33 @@ def test_what_export_does_not_convert_is_traced():
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_gates_are_dense_by_any_name_of_theirs():
+def test_gates_are_dense_by_any_name_of_theirs_and_then_unique():
     model = Recurrent()
     model.alias = model.lstm.weight_hh_l0
+    leaf = random_leaf((32, 8), 2)
     with pytest.warns(UserWarning, match="alias: dense in the package"):
-        mlmodel = from_torch(
-            model, torch.zeros(1, 4, 8), {"alias": random_leaf((32, 8))}, minimum_deployment_target="iOS18"
-        )
+        mlmodel = from_torch(model, torch.zeros(1, 4, 8), {"alias": leaf}, minimum_deployment_target="iOS18")
     assert read_palettes(mlmodel) == {}
+    small = palettize_weights(mlmodel, OptimizationConfig({"mode": "unique", "weight_threshold": 100}))
+    (table,) = (table for table in read_palettes(small).values() if table.nbits == 2)
+    np.testing.assert_array_equal(np.unique(table.lut), np.unique(leaf.lut.astype(np.float16)))
+    gates = leaf.depalettize().reshape(4, 8, 8)[[0, 1, 3, 2]]  # in the order of Core ML
+    np.testing.assert_array_equal(table.depalettize(), gates.reshape(32, 8).astype(np.float16))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_only_gates_are_dense():
+    class Projected(torch.nn.LSTM):
+        def __init__(self):
+            super().__init__(8, 8, batch_first=True)
+            self.proj = torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.proj(super().forward(x)[0])
+
+    leaves = {"proj.weight": random_leaf((8, 8))}
+    mlmodel = from_torch(Projected(), torch.zeros(1, 4, 8), leaves, minimum_deployment_target="iOS18")
+    assert audit(mlmodel, leaves).identical
 
 
 def test_options_go_through_to_the_converter():

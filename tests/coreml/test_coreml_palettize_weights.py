@@ -172,7 +172,7 @@ def test_a_weight_that_is_an_output_stays():
         return mb.add(x=x, y=1.0), mb.const(val=normal(16, 16), name="out")
 
     report = compress_weights(convert(program, half=False), asked(nbits=4)).report
-    assert [leaf.skipped for leaf in report.values()] == ["no op reads it: it is an output of the program"]
+    assert [leaf.skipped for leaf in report.values()] == ["no op reads it: it is an output"]
 
 
 def twice(**second):

@@ -199,7 +199,10 @@ CHOSEN = {
         {"module_type_configs": {"MultiheadAttention": None}, "module_name_configs": {"multihead.out_proj": None}},
         {"modconv.weight", "modlinear.weight", "embedding.weight"},
     ),
-    "nothing": ({"global_config": None}, set()),
+    "no configuration": (
+        {"global_config": None},
+        {"modconv.weight", "modlinear.weight", "embedding.weight", *OF_ATTENTION},
+    ),
 }
 
 

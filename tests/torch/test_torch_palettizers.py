@@ -249,14 +249,23 @@ def test_a_shared_module_is_dense_for_one_reason():
     assert reasons["a.weight"] == reasons["b.weight"]
 
 
-def test_tied_parameters_are_reported_once():
+@pytest.mark.parametrize("palettizer", [DKMPalettizer, PostTrainingPalettizer])
+def test_tied_parameters_are_reported_once(palettizer):
     model = torch.nn.ModuleDict({"in": torch.nn.Embedding(30, 16), "out": torch.nn.Linear(16, 30, bias=False)})
     model["out"].weight = model["in"].weight
-    palettizer = PostTrainingPalettizer(model)
-    palettizer.compress()
-    rows = palettizer.report()
+    config = getattr(palettax.torch, f"{palettizer.__name__}Config").from_dict(
+        {"global_config": {"n_bits": 4, "weight_threshold": 9}}
+    )
+    made = palettizer(model, config)
+    made.prepare() if palettizer is DKMPalettizer else made.compress()
+    rows = made.report()
     assert (rows["out.weight"].tied_to, rows["out.weight"].nbits) == ("in.weight", 4)
-    assert palettizer.report().nbytes == rows["in.weight"].nbytes
+    assert rows.nbytes == rows["in.weight"].nbytes
+
+
+def test_names_of_one_parameter_are_configured_alike():
+    model = torch.nn.ModuleDict({"in": torch.nn.Embedding(30, 16), "out": torch.nn.Linear(16, 30, bias=False)})
+    model["out"].weight = model["in"].weight
     groups = {"granularity": "per_grouped_channel", "group_size": 8}
     for names in ({"in": {"n_bits": 6}}, {"in": {"n_bits": 6}, "out": {"n_bits": 4, **groups}}, {"in": None}):
         config = {"global_config": {"n_bits": 4}, "module_name_configs": names}
