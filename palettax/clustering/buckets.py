@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, UInt16
 
 from palettax.clustering.attention import Points, Scalar, cumulants_at
 
@@ -19,6 +21,8 @@ FINEST = 1024
 
 CHUNK = 2**17
 """Weights that are in memory at a time beside what is given and what is asked for."""
+
+CODE = "palettax bucket"
 
 
 class Grid(NamedTuple):
@@ -51,27 +55,26 @@ class Grid(NamedTuple):
         """Buckets on each side of an entry."""
         return min(BUCKETS // self.reach.size, FINEST)
 
-    def buckets_of(self, weights: Float[jax.Array, " n"]) -> tuple[Int[jax.Array, " n"], Float[jax.Array, " n"]]:
-        """The bucket of every weight, and how far the weight is from its middle."""
+    def buckets_of(self, weights: Float[jax.Array, " n"]) -> UInt16[jax.Array, " n"]:
+        """The bucket of every weight."""
+        weights = jax.lax.stop_gradient(weights)
         halfway = self.entries[:-1] + self.reach[:-1, 1]
-        fixed = jax.lax.stop_gradient(weights)
-        method = "compare_all" if halfway.size < 32 else "scan"
-        entry = jnp.searchsorted(halfway, fixed, method=method).astype(jnp.int32)
-        gap = fixed - self.entries[entry]
+        if halfway.size < 32:  # comparing with all is faster than bisection
+            entry = (weights[:, None] > halfway).sum(axis=1, dtype=jnp.int32)
+        else:
+            entry = jnp.searchsorted(halfway, weights, method="scan").astype(jnp.int32)
+        gap = weights - self.entries[entry]
         side = 2 * entry + (gap > 0)
         reach = self.reach.reshape(-1)[side]
         left = jnp.maximum(1 - abs(gap) / jnp.where(reach > 0, reach, 1), 0)  # of the way to the middle
         number = jnp.minimum((jnp.sqrt(left) * self.steps).astype(jnp.int32), self.steps - 1)
-        middle = self.entries[entry] + self._middle(reach, number) * jnp.where(gap > 0, 1, -1)
-        return side * self.steps + number, weights - middle
+        return checkpoint_name((side * self.steps + number).astype(jnp.uint16), CODE)
 
     def middles(self) -> Float[jax.Array, " buckets"]:
         """The middle of every bucket."""
-        gap = self._middle(self.reach[..., None], jnp.arange(self.steps))
+        share = 1 - ((jnp.arange(self.steps, dtype=self.reach.dtype) + 0.5) / self.steps) ** 2
+        gap = self.reach[..., None] * share
         return (self.entries[:, None, None] + gap * jnp.array([-1, 1], gap.dtype)[:, None]).reshape(-1)
-
-    def _middle(self, reach: jax.Array, number: jax.Array) -> jax.Array:
-        return reach * (1 - ((number.astype(reach.dtype) + 0.5) / self.steps) ** 2)
 
 
 def bucketed(
@@ -95,7 +98,9 @@ def bucketed(
 
     def collect(total: tuple, chunk: tuple) -> tuple[tuple, None]:
         weights, mass = chunk
-        code, gap = grid.buckets_of(place(weights))
+        places = place(weights)
+        code = grid.buckets_of(places)
+        gap = places - middles[code]
         own = jnp.ones_like(gap) if mass is None else mass.astype(gap.dtype)
         # Each chunk by itself: a float that counts one by one stops at 2^24.
         return tuple(t + zero.at[code].add(v) for t, v in zip(total, (own, own * gap, own * gap**2), strict=True)), None
@@ -126,11 +131,14 @@ def interpolated(
         unit: how much of a weight is one step in place.
     """
     grid = Grid.of(lut, weights, place)
-    tables = cumulants_at(grid.middles(), lut, temperature, table)
+    middles = grid.middles()
+    tables = cumulants_at(middles, lut, temperature, table)
 
-    @jax.checkpoint
+    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(CODE))
     def read(chunk: tuple) -> jax.Array:
-        code, gap = grid.buckets_of(place(chunk[0]))
+        places = place(chunk[0])
+        code = grid.buckets_of(places)
+        gap = places - middles[code]
         value, slope, bend = (column[code] for column in tables)
         return (value + unit * gap * (slope + gap * bend / 2)).astype(weights.dtype)
 
