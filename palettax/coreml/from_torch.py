@@ -20,7 +20,7 @@ from palettax.coreml.scoped import quiet
 from palettax.leaf import PalettizedArray, is_palettized
 from palettax.torch.activations import rounds_output
 from palettax.torch.conversion import fast_conversion
-from palettax.torch.load import copied, tables_of, tensors_by_name, write_weights
+from palettax.torch.load import copied, evaluated, tables_of, tensors_by_name, write_weights
 
 
 def from_torch(
@@ -40,8 +40,9 @@ def from_torch(
         example_inputs: a tensor or a tuple of them, on any device.
         palettized: leaves by dotted torch name, or nested dicts of them, in torch's layout; `PalettizedArray` or
             dense. Parameters it does not name keep the model's own weights. None: the tables that the model carries in
-            its `_COREML_` buffers, as `load_into` and palettizers leave them. Those of LSTM and GRU layers are dense
-            in the package, with a warning.
+            its `_COREML_` buffers, as `load_into` and palettizers leave them; one that becomes no table, because the
+            model does not use it, is left out with a warning. Those of LSTM and GRU layers are dense in the package,
+            with a warning.
         minimum_deployment_target: a member of `coremltools.target` or its name, from iOS16. iOS16 and iOS17 hold one
             float table of scalars per weight; groups, vectors, 3 bits, levels, masks and scales need iOS18. A scale
             without a mask is kept as it is from iOS26; at iOS18 it multiplies a float table into one per block, and
@@ -82,7 +83,7 @@ def from_torch(
     options["minimum_deployment_target"] = target
     # Parameters that keep tables of their own, in the buffers of the model, are left to coremltools.
     with quiet(), fast_conversion():
-        return _convert_by(frontend, model, example_inputs, tables, options)
+        return _convert_by(frontend, model, example_inputs, tables, options, lenient=palettized is None)
 
 
 def _check_activations(model: torch.nn.Module, target: ct.target) -> None:
@@ -111,7 +112,7 @@ def _without_gates(model: torch.nn.Module, leaves: Mapping[str, Any]) -> dict[st
 
 def _prepare(model: torch.nn.Module, leaves: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, PalettizedArray]]:
     """A copy of the model with the weights in it, in a float type that Core ML has, and the tables in the same type."""
-    model = copied(model).eval()
+    model = evaluated(copied(model))
     tensors = tensors_by_name(model).values()
     if any(tensor.device.type not in ("cpu", "meta") for tensor in tensors):
         model = model.cpu()  # where what the converter makes of it is
@@ -139,14 +140,16 @@ def _convert_by(
     example_inputs: tuple[Any, ...],
     leaves: dict[str, PalettizedArray],
     options: dict[str, Any],
+    *,
+    lenient: bool,
 ) -> ct.models.MLModel:
     """Convert by the frontend asked for, or by export and, where that does not do, by trace."""
     if frontend == "trace":
-        return _convert(trace(model, example_inputs), model, leaves, options)
+        return _convert(trace(model, example_inputs), model, leaves, options, lenient=lenient)
     try:
         captured = export(model, example_inputs)
         if frontend == "export" or not needs_trace(captured):
-            return _convert(captured, model, leaves, options)
+            return _convert(captured, model, leaves, options, lenient=lenient)
         failure = None
     except Exception as error:
         # What torch.export and its converter raise for a model they do not know has no type in common.
@@ -154,13 +157,18 @@ def _convert_by(
             raise
         failure = error
     try:
-        return _convert(trace(model, example_inputs), model, leaves, options)
+        return _convert(trace(model, example_inputs), model, leaves, options, lenient=lenient)
     except Exception as error:
         raise error from failure
 
 
 def _convert(
-    captured: Captured, model: torch.nn.Module, leaves: dict[str, PalettizedArray], options: dict[str, Any]
+    captured: Captured,
+    model: torch.nn.Module,
+    leaves: dict[str, PalettizedArray],
+    options: dict[str, Any],
+    *,
+    lenient: bool,
 ) -> ct.models.MLModel:
     """Convert a captured program, and note in the model which op is which leaf."""
     tensors = tensors_by_name(model)
@@ -173,5 +181,8 @@ def _convert(
     pipeline.set_options(PASS_NAME, {"tables": tables})
     mlmodel: Any = ct.convert(captured.program, **{**captured.options, **options, "pass_pipeline": pipeline})
     made = {name: tables.op_names.get(first[id(tensors[name])]) for name in leaves}
+    if lenient and (lost := [name for name, op in made.items() if op is None]):
+        warn_caller(f"{', '.join(lost)}: no table in the package: the model does not use it, or computes with it")
+        leaves = {name: leaf for name, leaf in leaves.items() if name not in lost}
     record_leaves(mlmodel, [Use(name, leaf, made[name]) for name, leaf in leaves.items()], {})
     return mlmodel

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize, prune
 
 from palettax.leaf import PalettizedArray
 from palettax.torch.differentiable import Palettized
+from palettax.torch.parameters import is_being_pruned
 
 _PALETTE = "_palette"
 """What the name of a palette adds to that of a weight that is pruned."""
@@ -72,12 +73,13 @@ def attach(palette: Palettized, owner: torch.nn.Module, attribute: str) -> None:
         attribute: the name of the weight. If it is being pruned, the palette sees what is left of it.
     """
     palette.train(owner.training)
-    if f"{attribute}_mask" in owner._buffers:
+    if is_being_pruned(owner, attribute):
         _attach_behind_pruning(palette, owner, attribute)
         return
     _give_own_class(owner)
     parametrize.register_parametrization(owner, attribute, palette, unsafe=True)
     # Pruning wants a parameter where the parametrization has a property, and finds it in the nick of time.
+    owner.register_load_state_dict_pre_hook(_TakeDense(attribute))
     owner.register_parameter = MethodType(_make_way_for_pruning, owner)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -94,6 +96,9 @@ def detach(model: torch.nn.Module) -> None:
             else:
                 _remove_parametrization(owner, attribute)
             owner.__dict__.pop("register_parameter", None)
+            for key, hook in list(owner._load_state_dict_pre_hooks.items()):
+                if isinstance(getattr(hook, "hook", None), _TakeDense):
+                    del owner._load_state_dict_pre_hooks[key]
 
 
 def _give_own_class(owner: torch.nn.Module) -> None:
@@ -180,6 +185,22 @@ def _detach_behind_pruning(owner: torch.nn.Module, attribute: str) -> None:
         for key in [key for key, hook in hooks.items() if getattr(hook, "attribute", None) == attribute]:
             del hooks[key]
     delattr(owner, attribute + _PALETTE)
+
+
+class _TakeDense:
+    """A hook: what a state dict without palettes holds is what is trained, and the table is made anew."""
+
+    def __init__(self, attribute: str) -> None:
+        self.attribute = attribute
+
+    def __call__(self, owner: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        inner, plain = f"{prefix}parametrizations.{self.attribute}.", prefix + self.attribute
+        if not parametrize.is_parametrized(owner, self.attribute) or f"{inner}original" in state or plain not in state:
+            return
+        state[f"{inner}original"] = state.pop(plain)
+        for place, palette in enumerate(owner.parametrizations[self.attribute]):
+            for name, buffer in palette.named_buffers():
+                state[f"{inner}{place}.{name}"] = torch.zeros_like(buffer) if name == "count" else buffer.clone()
 
 
 class _Compute:

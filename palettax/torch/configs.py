@@ -182,7 +182,7 @@ class PalettizerConfig(Configuration, Generic[M]):
         names = [*modules, *dict(model.named_parameters(remove_duplicate=False))]
         for pattern in self.module_name_configs:
             if not any(re.fullmatch(pattern, name) for name in names):
-                near = nearest(pattern, filter(None, names))
+                near = nearest(pattern, map(re.escape, filter(None, names)))
                 warn_caller(f"module_name_configs[{pattern!r}] matches no module and no parameter; {near}")
         classes = set(map(type, modules.values()))
         for name in self.module_type_configs:

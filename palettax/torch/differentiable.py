@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from palettax._typing import Array
 from palettax.leaf import PalettizedArray
 from palettax.torch.recipe import TrainedRecipe
-from palettax.torch.tensors import numpy_dtype, to_jax, to_numpy, to_tensor, to_torch
+from palettax.torch.tensors import checksum, numpy_dtype, to_jax, to_numpy, to_tensor, to_torch
 from palettax.transforms.trained import DkmState
 
 # The transform sees one leaf, under a name that says nothing: what is compiled for it serves every layer alike.
@@ -62,14 +61,15 @@ class Palettized(torch.nn.Module):
     def __init__(self, recipe: TrainedRecipe, weight: torch.Tensor, milestone: int, name: str) -> None:
         super().__init__()
         self.recipe, self.milestone, self.name = recipe, milestone, name
+        self._fitted: Any = None
         self._started: tuple[Any, _State] | None = None
         self._stored: tuple[Any, torch.Tensor] | None = None
         like = jax.ShapeDtypeStruct(tuple(weight.shape), numpy_dtype(weight.dtype))
         lut = jax.eval_shape(recipe.training().init, {_LEAF: like}).luts[_LEAF]
-        self.register_buffer("lut", torch.zeros(lut.shape, device=weight.device))
-        for count in ("count", "skipped", "steps"):
+        self.register_buffer("lut", torch.zeros(lut.shape, dtype=torch.float32, device=weight.device))
+        # Integers: averages of models subtract buffers, which torch does not do with bools.
+        for count in ("count", "skipped", "steps", "enabled"):
             self.register_buffer(count, torch.zeros((), dtype=torch.int32, device=weight.device))
-        self.register_buffer("enabled", torch.zeros((), dtype=torch.bool, device=weight.device))
 
     def step(self, original: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Count a step, and start if it is the milestone."""
@@ -80,13 +80,23 @@ class Palettized(torch.nn.Module):
     def enable(self, original: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Use the table from now on; make it, if there is none that has been trained."""
         if bool(self.count > 0):
-            self.enabled.fill_(True)
+            self.enabled.fill_(1)
             return
+        self._fit(original, mask)
+        self.enabled.fill_(1)
+
+    def _fit(self, original: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """The first table, of the weights of now."""
         weights = to_numpy(self.name, _masked(original, mask))
         with self._named():
             state = self.recipe.training().init({_LEAF: weights})
         self._keep(_State.of(state, original.device))
-        self.enabled.fill_(True)
+        self._fitted = _version(original, mask)
+
+    def _refit(self, original: torch.Tensor, mask: torch.Tensor | None, version: Any) -> None:
+        """A table that has not been trained is one of the weights of now: they may have been loaded since."""
+        if self._fitted != version and self.count == 0:
+            self._fit(original, mask)
 
     @torch.compiler.disable
     def forward(self, original: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -94,7 +104,7 @@ class Palettized(torch.nn.Module):
         if not self.enabled:
             return _masked(original, mask)
         if self.training:
-            return self._soft(_masked(original, mask), _version(original, mask))
+            return self._soft(original, mask)
         hard = self._hard(original, mask)
         # Exact: hard + 0.
         return hard + (original - original.detach()) if torch.is_grad_enabled() and original.requires_grad else hard
@@ -132,15 +142,19 @@ class Palettized(torch.nn.Module):
             for name, tensor in state._asdict().items():
                 getattr(self, name).copy_(tensor)
 
-    def _soft(self, weights: torch.Tensor, version: Any) -> torch.Tensor:
+    def _soft(self, original: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        version = _version(original, mask)
         if self._started is None or self._started[0] != version:
+            self._refit(original, mask, version)
             self._started = version, self._state
-        values, *new = _Soft.apply(weights, self.recipe, self._started[1])
+        values, *new = _Soft.apply(_masked(original, mask), self.recipe, self._started[1])
         self._keep(_State(*new))
         return values
 
     def _hard(self, original: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        version = _version(original, mask), self.lut._version
+        weights = _version(original, mask)
+        self._refit(original, mask, weights)
+        version = weights, self.lut._version
         if self._stored is None or self._stored[0] != version:
             with torch.inference_mode(False):
                 stored = to_tensor(self.name, self.palettized(original, mask).depalettize()).to(original.device)
@@ -195,11 +209,4 @@ def _masked(original: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 def _version(*tensors: torch.Tensor | None) -> tuple[tuple[int, int, int], ...]:
     """What changes when the values of tensors do; torch does not count what is written to their `.data`."""
-    return tuple((t.data_ptr(), t._version, _checksum(t.detach())) for t in tensors if t is not None)
-
-
-def _checksum(tensor: torch.Tensor) -> int:
-    """Of the values; on another device, where it would take a copy of them all, none."""
-    if tensor.device.type != "cpu":
-        return 0
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return tuple((t.data_ptr(), t._version, checksum(t)) for t in tensors if t is not None)

@@ -10,11 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from palettax._keys import warn_caller
 from palettax._names import flatten_names, nearest, owner_and_attribute
 from palettax.leaf import PalettizedArray, as_numpy, depalettize, is_palettized
 from palettax.leaf.plain import check_plain
-from palettax.torch.state_dict import VERSION, metadata, metadata_prefix, metadata_version, own_tensors, to_params
-from palettax.torch.tensors import numpy_dtype, to_numpy, to_tensor
+from palettax.torch.state_dict import (
+    VERSION,
+    metadata,
+    metadata_prefix,
+    metadata_version,
+    off_tables,
+    own_tensors,
+    to_params,
+)
+from palettax.torch.tensors import checksum, numpy_dtype, to_numpy, to_tensor
 
 
 def load_into(model: torch.nn.Module, palettized: Mapping[str, Any]) -> torch.nn.Module:
@@ -46,11 +55,11 @@ def load_into(model: torch.nn.Module, palettized: Mapping[str, Any]) -> torch.nn
         if is_palettized(leaf):
             check_plain(name, leaf, blocked_scale=False)
     written = write_weights(model, palettized)
-    aliases = names_by_tensor(model)
+    tensors, aliases = tensors_by_name(model), names_by_tensor(model)
     for name, leaf in written.items():
-        for alias in aliases[id(tensors_by_name(model)[name])]:
+        for alias in aliases[id(tensors[name])]:
             if is_palettized(leaf):
-                _register(model, alias, leaf)
+                _register(model, alias, leaf, tensors[name].device)
     if any(map(is_palettized, written.values())):
         _set_buffer(model, VERSION, metadata_version())
     return model
@@ -103,19 +112,79 @@ def tables_of(model: torch.nn.Module) -> dict[str, PalettizedArray]:
         >>> list(tables_of(load_into(torch.nn.Linear(3, 1), {"weight": leaf})))
         ['weight']
     """
-    leaves = {name: leaf for name, leaf in to_params(model.state_dict()).items() if isinstance(leaf, PalettizedArray)}
+    leaves = {name: leaf for name, leaf in to_params(dense_tensors(model)).items() if isinstance(leaf, PalettizedArray)}
     if not leaves:
         raise ValueError(
             f"the {type(model).__name__} holds no lookup tables: no parameter has _COREML_ buffers that say [2]; pass "
-            "`palettized`, which for a dense model that `from_torch` is to convert is {}"
+            "`palettized`, which for a dense model that `from_torch` is to convert is {}; finalize one in training"
         )
     return leaves
+
+
+def put_tables(model: torch.nn.Module, palettized: Mapping[str, Any]) -> torch.nn.Module:
+    """`load_into` of a whole model: tables of an earlier palettization that weights have left since go.
+
+    Args:
+        model: the module to write into.
+        palettized: as in `load_into`.
+
+    Returns:
+        The same module.
+    """
+    tensors, stale = tensors_by_name(model), off_tables(dense_tensors(model))
+    load_into(model, palettized)
+    written = {id(tensors[name]) for name in flatten_names(palettized)}
+    stale = [name for name in stale if id(tensors[name]) not in written]
+    for name in stale:
+        _unregister(model, name)
+    if stale:
+        warn_caller(f"{', '.join(stale)}: changed since it was palettized; its older table is removed")
+    return model
+
+
+def evaluated(model: torch.nn.Module) -> torch.nn.Module:
+    """Put a module in eval mode.
+
+    Args:
+        model: changed in place.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: that changes a weight, as layers do that merge others into theirs: what has been palettized is then
+            no longer what it computes with.
+    """
+    if not any(module.training for module in model.modules()):
+        return model
+    before = {name: checksum(tensor) for name, tensor in dense_tensors(model).items()}
+    model.eval()
+    for name, tensor in dense_tensors(model).items():
+        if before.get(name) != checksum(tensor):
+            raise ValueError(
+                f"{name}: eval() changes it, as layers do that merge adapters into their weights (LoRA); merge them "
+                "for good, or put the model in eval mode, before it is palettized"
+            )
+    return model
+
+
+def dense_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict without what has no values in an array: sparse buffers, extra state, the meta device."""
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and not value.is_quantized
+        and not value.is_meta
+    }
 
 
 def copied(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of a module, also of one that holds tensors which pruning or a palette has computed: torch copies none."""
     held = [value for module in model.modules() for value in vars(module).values()]
     held += [inner for value in held if isinstance(value, list) for inner in value]
+    held += [inner for value in held if isinstance(value, dict) for inner in value.values()]
     computed = [value for value in held if isinstance(value, torch.Tensor) and value.grad_fn is not None]
     return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
 
@@ -159,10 +228,9 @@ def _cast(leaf: PalettizedArray, dtype: np.dtype) -> PalettizedArray:
     return dataclasses.replace(leaf, **cast, dtype=dtype)
 
 
-def _register(model: torch.nn.Module, name: str, leaf: PalettizedArray) -> None:
+def _register(model: torch.nn.Module, name: str, leaf: PalettizedArray, device: torch.device) -> None:
     """Put the buffers of one leaf on the module that owns it."""
     module, parameter = owner_and_attribute(name)
-    device = tensors_by_name(model)[name].device
     for key, tensor in metadata(name, parameter, leaf).items():
         _set_buffer(model.get_submodule(module), key, tensor.to(device))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -115,6 +116,7 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
     found: dict[int, Parameter] = {}
     said: dict[int, tuple[str, Any]] = {}
     reasons: dict[str, str] = {}
+    warned = False
     places = list(_places(model, config))
     _warn_of_types(model, config, {type(place.asked) for place in places})
     for place in places:
@@ -144,13 +146,20 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
             granularity = _granularity(place.name, tensor, choice.config)
         except ValueError as error:
             warn_caller(f"{place.name} {tuple(tensor.shape)} stays dense: {error}")
-            reasons[place.name] = str(error)
+            reasons[place.name], warned = str(error), True
             continue
+        owners = _owners(model, place, names.get(id(tensor), []))
+        masks = [o._buffers[f"{own}_mask"] if is_being_pruned(o, own) else torch.empty(0) for o, own in owners]
+        if not all(itertools.starmap(torch.equal, itertools.pairwise(masks))):
+            raise ValueError(
+                f"{place.name}: it is tied, and not all its modules prune it alike; make the pruning permanent with "
+                "torch.nn.utils.prune.remove and tie it again, or configure it as None"
+            )
         found.setdefault(
             id(tensor),
             Parameter(
                 place.name,
-                _owners(model, place, names.get(id(tensor), [])),
+                owners,
                 tensor,
                 choice.config,
                 choice.config.n_bits_for(place.asked),
@@ -161,6 +170,9 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
     dense = {
         name: _reason(names[id(tensor)], reasons) for name, tensor in model.named_parameters(remove_duplicate=False)
     }
+    if not found and not warned:
+        why = "; ".join(dict.fromkeys(dense.values())) or "the model has no parameters"
+        warn_caller(f"no parameter is palettized: {why}")
     return Chosen(list(found.values()), {name: reason for name, reason in dense.items() if reason})
 
 
@@ -253,11 +265,13 @@ def _check(place: _Place, tensor: torch.Tensor, trained: bool, cluster_dim: int)
     name, attribute = place.name, place.attribute
     if parametrize.is_parametrized(place.module, attribute):
         raise ValueError(f"{name}: it has a parametrization; torch.nn.utils.parametrize.remove_parametrizations first")
+    if nn.parameter.is_lazy(tensor):
+        raise ValueError(f"{name}: it has no shape yet; run the model once, as lazy layers need")
     if tensor.is_meta:
         raise ValueError(f"{name}: it is on the meta device and has no values; load its weights first")
     if not tensor.is_floating_point():
         raise ValueError(f"{name}: it is of {tensor.dtype}, and only floats are palettized; configure it as None")
-    being_pruned = f"{attribute}_mask" in place.module._buffers
+    being_pruned = is_being_pruned(place.module, attribute)
     if not being_pruned and attribute not in place.module._parameters:
         others = [own for own in place.module._parameters if own.startswith(f"{attribute}_")]
         raise ValueError(
@@ -274,6 +288,11 @@ def _check(place: _Place, tensor: torch.Tensor, trained: bool, cluster_dim: int)
             "use cluster_dim=1"
         )
     return being_pruned
+
+
+def is_being_pruned(module: nn.Module, attribute: str) -> bool:
+    """Whether torch.nn.utils.prune computes an attribute of a module; others have masks of their own."""
+    return f"{attribute}_mask" in module._buffers and f"{attribute}_orig" in module._parameters
 
 
 def _was_pruned(place: _Place) -> bool:

@@ -20,7 +20,7 @@ from palettax.palettize import palettize
 from palettax.report import Report, report
 from palettax.torch.configs import PalettizerConfig, PostTrainingPalettizerConfig, SKMPalettizerConfig, checked_config
 from palettax.torch.fisher import fisher_diagonal
-from palettax.torch.load import copied, load_into, names_by_tensor
+from palettax.torch.load import copied, dense_tensors, names_by_tensor, put_tables
 from palettax.torch.parameters import Parameter, check_values, checked_model, parameters_of
 from palettax.torch.recipe import recipe_of
 from palettax.torch.state_dict import own_tensors, to_params
@@ -141,8 +141,8 @@ class SKMPalettizer:
         Args:
             dataloader: as in `compute_sensitivity`; with `loss_fn`, unless sensitivities are in a file.
             loss_fn: as in `compute_sensitivity`.
-            sensitivity_path: a file of sensitivities, from `compute_sensitivity` here or of coremltools; it is read if
-                there is no dataloader, and written if there is one.
+            sensitivity_path: a file of sensitivities, from `compute_sensitivity` here or of coremltools. If it exists
+                it is read, and data and loss are not used; else it is written.
             num_kmeans_workers: of no effect: the solver uses all cores.
             num_sensitivity_workers: of no effect.
             inplace: whether to write into the model, or into a copy.
@@ -159,12 +159,13 @@ class SKMPalettizer:
         _warn_of_unused("num_kmeans_workers", num_kmeans_workers, 1, "the solver uses all cores")
         with warnings.catch_warnings(action="ignore"):  # what is wrong with it, before the work; it warns at the end
             check_values(parameters_of(self._model, self._config).palettized)
-        if dataloader is not None and loss_fn is not None:
+        told = dataloader is not None or loss_fn is not None
+        if sensitivity_path is not None and (Path(sensitivity_path).exists() or not told):
+            tensors = torch.load(sensitivity_path, weights_only=True, map_location="cpu")
+        elif dataloader is not None and loss_fn is not None:
             tensors = self.compute_sensitivity(
                 dataloader, loss_fn, sensitivity_path, num_sensitivity_workers, fsdp_auto_wrap_policy
             )
-        elif dataloader is None and loss_fn is None and sensitivity_path is not None:
-            tensors = torch.load(sensitivity_path, weights_only=True, map_location="cpu")
         else:
             raise ValueError("compress needs a dataloader and a loss_fn, or the sensitivity_path of a file")
         sensitivity = {name: to_numpy(name, tensor) for name, tensor in tensors.items()}
@@ -200,8 +201,7 @@ def _compress(
             leaves[parameter.name] = _palettized(parameter, sensitivity)
         advance(len(found), len(found))
     # What an earlier palettization left behind may be of other weights by now.
-    state = own_tensors(model.state_dict())
-    before = to_params({name: tensor for name, tensor in state.items() if not tensor.is_meta})
+    before = to_params(own_tensors(dense_tensors(model)))
     # Of parameters alone: buffers have no sensitivities.
     masses = None if sensitivity is None else {name: sensitivity.get(name) for name in before}
     names = names_by_tensor(model)
@@ -210,7 +210,7 @@ def _compress(
     for name, row in summary.items():
         if row.skipped:
             summary[name] = row._replace(skipped=dense.get(name, "no parameter"))
-    return load_into(model if inplace else copied(model), leaves), summary
+    return put_tables(model if inplace else copied(model), leaves), summary
 
 
 def _palettized(parameter: Parameter, sensitivity: Mapping[str, np.ndarray] | None) -> PalettizedArray:

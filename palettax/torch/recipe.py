@@ -112,7 +112,8 @@ def recipe_of(parameter: Parameter) -> Recipe:
         lut_dtype=config.lut_dtype_name,
         channel_scale=config.enable_per_channel_scale,
         pruned=parameter.pruned,
-        seed=torch.initial_seed() % 2**32,
+        # Of no use to scalars, for which it would have everything compiled again.
+        seed=torch.initial_seed() % 2**32 if parameter.granularity.vector_size > 1 else 0,
     )
 
 

@@ -37,6 +37,10 @@ _SHIFT = 7
 _BUFFER = re.compile(r"(?P<module>.*\.)?_COREML_/(?P<parameter>.+)/(?P<field>[^/]+)")
 
 
+class OffTableError(ValueError):
+    """A weight is not on the table in its buffers."""
+
+
 def own_tensors(state_dict: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors of a state dict without those that say how it was compressed."""
     return {n: t for n, t in state_dict.items() if isinstance(t, torch.Tensor) and "_COREML_/" not in n}
@@ -66,6 +70,34 @@ def to_params(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray | Palettize
     """
     if isinstance(state_dict, torch.nn.Module):
         raise ValueError(f"to_params takes a state dict, not a {type(state_dict).__name__}; pass model.state_dict()")
+    dense, buffers = _split(state_dict)
+    if orphans := buffers.keys() - dense.keys():
+        raise ValueError(
+            f"{min(orphans)}: its _COREML_ buffers are here, the parameter is not; pass the whole state dict"
+        )
+    return {name: _read(name, leaf, buffers[name]) if name in buffers else leaf for name, leaf in dense.items()}
+
+
+def off_tables(state_dict: Mapping[str, Any]) -> list[str]:
+    """The names of weights that are not on the table in their buffers.
+
+    Args:
+        state_dict: tensors by dotted name, all of them dense.
+    """
+    dense, buffers = _split(state_dict)
+    found = []
+    for name, fields in buffers.items():
+        try:
+            _read(name, dense[name], fields)
+        except OffTableError:
+            found.append(name)
+        except ValueError:  # of a form that is not ours
+            continue
+    return found
+
+
+def _split(state_dict: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]]]:
+    """The parameters, and the buffers of each by their fields."""
     dense: dict[str, np.ndarray] = {}
     buffers: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in state_dict.items():
@@ -76,11 +108,7 @@ def to_params(state_dict: Mapping[str, Any]) -> dict[str, np.ndarray | Palettize
             buffers.setdefault(name, {})[match["field"]] = to_numpy(key, tensor)
         else:
             dense[key] = to_numpy(key, tensor)
-    if orphans := buffers.keys() - dense.keys():
-        raise ValueError(
-            f"{min(orphans)}: its _COREML_ buffers are here, the parameter is not; pass the whole state dict"
-        )
-    return {name: _read(name, leaf, buffers[name]) if name in buffers else leaf for name, leaf in dense.items()}
+    return dense, buffers
 
 
 def to_state_dict(palettized: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -212,7 +240,7 @@ def _read(name: str, weight: np.ndarray, fields: dict[str, np.ndarray]) -> np.nd
     mask = weight != 0 if PRUNED in types and axis is None else None
     indices, missing = match_indices(weight, lut, vector_axis=axis, scale=scale, mask=mask)
     if missing:
-        raise ValueError(
+        raise OffTableError(
             f"{name}: {missing} of {indices.size} entries are not on the table (was the weight changed or cast after "
             "it was palettized?); palettize it again, or remove its _COREML_ buffers"
         )

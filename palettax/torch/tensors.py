@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import jax
@@ -62,6 +63,31 @@ def to_tensor(name: str, array: Any) -> torch.Tensor:
         return torch.from_numpy(copy)
     except TypeError as error:
         raise ValueError(f"{name}: torch has no dtype {copy.dtype}; cast the leaf first") from error
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """A number that changes when the values of a tensor do, but for one time in billions.
+
+    Args:
+        tensor: dense, on any device; it stays there.
+    """
+    tensor = tensor.detach().contiguous().reshape(-1)
+    if tensor.device.type == "cpu":
+        return zlib.crc32(tensor.view(torch.uint8).numpy().data)
+    return bit_sum(tensor)
+
+
+def bit_sum(tensor: torch.Tensor) -> int:
+    """A checksum by sums alone, which every device has; blind to the order of elements.
+
+    Args:
+        tensor: dense, of any shape.
+    """
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    widths = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = real.contiguous().view(widths[real.element_size()]).to(torch.int64)
+    # The bits themselves would add up to the same when as many signs turn one way as the other.
+    return int(((bits ^ (bits >> 15)) * 0x2C1B3C6D ^ bits).sum())
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype:

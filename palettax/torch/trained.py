@@ -12,7 +12,7 @@ from palettax.torch.activations import fix_output_ranges, quantize_output
 from palettax.torch.attach import attach, detach, palettes_of
 from palettax.torch.configs import DKMPalettizerConfig, checked_config
 from palettax.torch.differentiable import Palettized
-from palettax.torch.load import copied, load_into, tensors_by_name
+from palettax.torch.load import copied, evaluated, put_tables, tensors_by_name
 from palettax.torch.parameters import Parameter, check_values, checked_model, parameters_of
 from palettax.torch.recipe import trained_recipe_of
 from palettax.torch.recurrent import follow_parametrizations, forget_parametrizations
@@ -49,6 +49,7 @@ class DKMPalettizer:
         self._model = checked_model(model)
         self._config = checked_config(config, DKMPalettizerConfig)
         self._dense: dict[str, str] = {}
+        self._prepared = False
 
     def prepare(self, inplace: bool = False) -> torch.nn.Module:
         """Attach the palettes.
@@ -77,14 +78,15 @@ class DKMPalettizer:
         for palette in palettes_of(model):
             if palette.module.milestone == 0:
                 palette.enable()
-        self._model = model.train()
+        self._model, self._prepared = model.train(), True
         return self._model
 
     def step(self) -> None:
         """Count a step: a palette whose milestone it is starts now. Call it after the optimizer's step."""
         palettes = palettes_of(self._model)
         if not palettes:
-            warn_caller("the model has no palettes; call prepare, and train what it returns")
+            told = "" if self._prepared else "; call prepare, and train what it returns"
+            warn_caller(f"the model has no palettes{told}")
         for palette in palettes:
             palette.step()
 
@@ -115,7 +117,7 @@ class DKMPalettizer:
             come, stays as it is, with a warning.
 
         Raises:
-            ValueError: naming the parameter: it holds NaN or infinities.
+            ValueError: naming the parameter: it holds NaN or infinities, or eval mode changes it (LoRA).
         """
         model = self._model if model is None else model
         model = model if inplace else copied(model)
@@ -124,14 +126,19 @@ class DKMPalettizer:
             warn_caller("the model has no palettes; call prepare, and finalize what it returns")
         leaves = {palette.name: palette.palettized() for palette in palettes if palette.module.used}
         if unused := [palette.name for palette in palettes if palette.name not in leaves]:
-            warn_caller(f"{', '.join(unused)}: no forward pass has used a palette (or its milestone is to come); dense")
+            warn_caller(
+                f"{', '.join(unused)}: no forward pass has used a palette (its milestone is to come, or "
+                "enable_fake_palett(False) was called); dense"
+            )
         detach(model)
         forget_parametrizations(model)
         fix_output_ranges(model)
-        return load_into(model, leaves).eval()
+        return put_tables(evaluated(model), leaves)
 
     def report(self) -> Report:
         """What the palettes of now would make of each parameter, and why others have none; print it to read it."""
+        if not self._prepared:
+            raise ValueError("there is nothing to report yet; call prepare first")
         palettes = palettes_of(self._model)
         others = tensors_by_name(self._model)
         before = {name: to_numpy(name, palette.original) for palette in palettes for name in palette.names}

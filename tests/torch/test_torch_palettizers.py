@@ -322,9 +322,10 @@ def test_a_shared_module_is_found_by_each_of_its_names():
 
 
 def test_a_type_without_known_weights_is_said():
-    config = PostTrainingPalettizerConfig.from_dict({"module_type_configs": {"LSTMCell": {"n_bits": 2}}})
+    types = {name: {"n_bits": 2} for name in ("LSTMCell", "Linear")}
+    config = PostTrainingPalettizerConfig.from_dict({"module_type_configs": types})
     with pytest.warns(UserWarning, match=r"module_type_configs\['LSTMCell'\]: none of its parameters"):
-        PostTrainingPalettizer(torch.nn.Sequential(torch.nn.LSTMCell(8, 8)), config).compress()
+        PostTrainingPalettizer(torch.nn.Sequential(torch.nn.LSTMCell(8, 8), torch.nn.Linear(8, 8)), config).compress()
 
 
 def test_what_is_wrong_is_said_before_the_sensitivities():
@@ -668,3 +669,200 @@ def test_finalizing_what_was_never_prepared_is_said():
 def test_a_configuration_of_another_kind_is_refused(config):
     with pytest.raises(ValueError, match=r"config is a \w+, not a DKMPalettizerConfig; DKMPalettizerConfig.from_dict"):
         DKMPalettizer(net(), config)
+
+
+class Adapted(torch.nn.Linear):
+    """A layer that merges what was trained beside its weight into it when it is put in eval mode."""
+
+    def __init__(self):
+        super().__init__(16, 32)
+        self.beside = torch.nn.Parameter(torch.ones(32, 16))
+
+    def train(self, mode=True):
+        if self.training and not mode:
+            self.weight.data += self.beside.data
+        return super().train(mode)
+
+    def forward(self, x):
+        beside = self.beside if self.training else 0 * self.beside
+        return torch.nn.functional.linear(x, self.weight + beside, self.bias)
+
+
+def test_layers_that_merge_weights_in_eval_mode_are_refused():
+    config = {"module_name_configs": {"0": {"n_bits": 2, "weight_threshold": 10}}}
+    small = PostTrainingPalettizer(
+        torch.nn.Sequential(Adapted()), PostTrainingPalettizerConfig.from_dict(config)
+    ).compress()
+    with pytest.raises(ValueError, match=r"0\.weight: eval\(\) changes it"):
+        px.coreml.from_torch(small, torch.ones(1, 16), minimum_deployment_target="iOS18")
+    palettizer = DKMPalettizer(torch.nn.Sequential(Adapted()), DKMPalettizerConfig.from_dict(config))
+    train(palettizer.prepare(), palettizer)
+    with pytest.raises(ValueError, match=r"0\.weight: eval\(\) changes it"):
+        palettizer.finalize()
+    merged = torch.nn.Sequential(Adapted()).eval()
+    small = PostTrainingPalettizer(merged, PostTrainingPalettizerConfig.from_dict(config)).compress()
+    mlmodel = px.coreml.from_torch(small, torch.ones(1, 16), minimum_deployment_target="iOS18")
+    assert list(px.coreml.read_palettes(mlmodel)) == ["0.weight"]
+
+
+class Masked(torch.nn.Linear):
+    """A layer with a mask of its own, as autoregressive networks have."""
+
+    def __init__(self):
+        super().__init__(16, 32)
+        self.register_buffer("weight_mask", torch.ones(32, 16).tril())
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight * self.weight_mask, self.bias)
+
+
+def test_a_mask_of_a_layers_own_is_no_pruning():
+    model = torch.nn.Sequential(Masked())
+    config = PostTrainingPalettizerConfig.from_dict({"global_config": {"n_bits": 2}})
+    assert len(PostTrainingPalettizer(model, config).compress()[0].weight.unique()) == 4
+    palettizer = dkm(model, n_bits=2)
+    train(palettizer.prepare(), palettizer)
+    assert len(palettizer.finalize()[0].weight.unique()) == 4
+
+
+def test_tables_that_weights_have_left_are_removed():
+    config = PostTrainingPalettizerConfig.from_dict({"global_config": {"n_bits": 2}})
+    small = PostTrainingPalettizer(net(), config).compress()
+    palettizer = DKMPalettizer(small, DKMPalettizerConfig.from_dict({"global_config": {"weight_threshold": 300}}))
+    train(palettizer.prepare(), palettizer)
+    with pytest.warns(UserWarning, match=r"^2\.weight: changed since it was palettized"):
+        final = palettizer.finalize()
+    assert list(px.torch.load.tables_of(final)) == ["0.weight"]
+
+
+def test_tables_of_weights_that_did_not_change_stay():
+    config = PostTrainingPalettizerConfig.from_dict({"global_config": {"n_bits": 2}})
+    small = PostTrainingPalettizer(net(), config).compress()
+    small[2].weight.requires_grad_(False)
+    palettizer = DKMPalettizer(small, DKMPalettizerConfig.from_dict({"global_config": {"weight_threshold": 300}}))
+    train(palettizer.prepare(), palettizer)
+    assert list(px.torch.load.tables_of(palettizer.finalize())) == ["0.weight", "2.weight"]
+
+
+def tied():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
+    model[1].weight = model[0].weight
+    return model
+
+
+def test_a_tied_parameter_that_is_pruned_in_one_place_is_refused():
+    model = tied()
+    prune.l1_unstructured(model[1], "weight", 0.5)
+    with pytest.raises(ValueError, match=r"0\.weight: it is tied, and not all its modules prune it alike"):
+        dkm(model).prepare()
+
+
+def test_a_layer_that_is_not_used_is_left_out_of_the_package():
+    class Auxiliary(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own, self.unused = torch.nn.Linear(16, 32), torch.nn.Linear(16, 32)
+
+        def forward(self, x):
+            return self.own(x)
+
+    config = PostTrainingPalettizerConfig.from_dict({"global_config": {"n_bits": 2}})
+    small = PostTrainingPalettizer(Auxiliary(), config).compress()
+    with pytest.warns(UserWarning, match=r"unused\.weight: no table in the package"):
+        mlmodel = px.coreml.from_torch(small, torch.ones(1, 16), minimum_deployment_target="iOS18")
+    assert list(px.coreml.read_palettes(mlmodel)) == ["own.weight"]
+    with pytest.raises(ValueError, match=r"unused\.weight: it did not become a lookup table"):
+        px.coreml.from_torch(
+            small, torch.ones(1, 16), px.torch.load.tables_of(small), minimum_deployment_target="iOS18"
+        )
+
+
+class Stateful(torch.nn.Linear):
+    """A layer with what no array holds in its state dict."""
+
+    def __init__(self):
+        super().__init__(16, 32)
+        self.register_buffer("neighbours", torch.eye(16).to_sparse())
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_state_that_is_no_array_is_in_nobodys_way():
+    model = torch.nn.Sequential(Stateful())
+    config = PostTrainingPalettizerConfig.from_dict({"global_config": {"n_bits": 2}})
+    small = PostTrainingPalettizer(model, config).compress()
+    assert list(px.torch.load.tables_of(small)) == ["0.weight"]
+    palettizer = SKMPalettizer(model, SKMPalettizerConfig.from_dict({"global_config": {"n_bits": 2}}))
+    weighted = palettizer.compress([torch.randn(4, 16)], lambda model, x: model(x).square().mean())
+    assert len(weighted[0].weight.unique()) == 4
+    palettizer = dkm(model, n_bits=2)
+    train(palettizer.prepare(), palettizer)
+    mlmodel = px.coreml.from_torch(palettizer.finalize(), torch.ones(1, 16), minimum_deployment_target="iOS18")
+    assert list(px.coreml.read_palettes(mlmodel)) == ["0.weight"]
+
+
+def test_models_are_averaged_with_their_buffers():
+    palettizer = dkm(net(), n_bits=2)
+    model = palettizer.prepare()
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    for _ in range(3):
+        train(model, palettizer, steps=1)
+        average.update_parameters(model)
+    final = palettizer.finalize(average.module)
+    assert len(final[0].weight.unique()) == 4
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_state_of_a_dense_model_loads_and_makes_new_tables(strict):
+    palettizer = dkm(net(), n_bits=2)
+    model = train(palettizer.prepare(), palettizer)
+    torch.manual_seed(5)
+    dense = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    assert not any(model.load_state_dict(dense.state_dict(), strict=strict))
+    fresh = dkm(dense, n_bits=2).prepare()
+    inputs = torch.ones(1, 16)
+    torch.testing.assert_close(model.train()(inputs), fresh(inputs), rtol=0, atol=0)
+    for name, value in fresh.state_dict().items():
+        if not name.endswith("steps"):
+            torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_the_seed_of_torch_changes_nothing_for_scalars():
+    parameters = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = DKMPalettizerConfig.from_dict({"global_config": {"weight_threshold": 10}})
+        parameters.append(px.torch.parameters.parameters_of(net(), config, trained=True).palettized[0])
+    one, other = map(px.torch.recipe.trained_recipe_of, parameters)
+    assert one == other
+
+
+def test_that_nothing_is_palettized_is_said():
+    palettizer = DKMPalettizer(net())
+    with pytest.warns(UserWarning, match=r"no parameter is palettized: .*2048"):
+        palettizer.prepare()
+    with pytest.warns(UserWarning, match="no parameter is palettized: the model has no parameters"):
+        PostTrainingPalettizer(torch.nn.ReLU()).compress()
+
+
+def test_reports_come_after_the_work():
+    with pytest.raises(ValueError, match="call prepare first"):
+        DKMPalettizer(net()).report()
+
+
+def test_known_sensitivities_are_read_and_kept(tmp_path):
+    model, path = net(), tmp_path / "sensitivity.pt"
+    palettizer = SKMPalettizer(model, SKMPalettizerConfig.from_dict({"global_config": {"n_bits": 2}}))
+    data, loss = [torch.randn(4, 16)], lambda model, x: model(x).square().mean()
+    palettizer.compress(data, loss, path)
+    torch.save({name: torch.ones_like(p) for name, p in model.named_parameters()}, path)
+    before = path.read_bytes()
+    small = palettizer.compress(data, loss, path)
+    assert path.read_bytes() == before
+    config = PostTrainingPalettizerConfig.from_dict({"global_config": {"n_bits": 2}})
+    plain = PostTrainingPalettizer(model, config).compress()
+    torch.testing.assert_close(small[0].weight, plain[0].weight)

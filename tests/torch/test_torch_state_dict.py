@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import palettax as px
 from palettax.torch import to_params, to_state_dict
 from palettax.torch.match import match_indices
+from palettax.torch.tensors import bit_sum, checksum
 from tests.leaves import DTYPES, NO_BUFFERS, assert_same, assert_same_bits, forms, random_leaf
 
 FORMS = {
@@ -324,3 +325,16 @@ def test_a_missing_package_names_its_extra(missing, package, extra):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert f"ImportError: {missing} is not installed; run: pip install 'palettax[{extra}]'" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8])
+def test_checksums_see_what_changes(dtype):
+    """`bit_sum` is for other devices than the CPU, and knows no order."""
+    torch.manual_seed(0)
+    tensor = (torch.rand(64, 3) * 200 - 100 if dtype.is_floating_point else torch.rand(64, 3) * 200).to(dtype)
+    others = [tensor.flip(0), tensor.roll(1), tensor * 2, torch.zeros_like(tensor)]
+    others += [-tensor, tensor.abs()] if dtype.is_floating_point else []
+    for summed in (checksum, bit_sum):
+        assert summed(tensor) == summed(tensor.clone()) == summed(tensor.t().contiguous().t())
+        differing = others[2:] if summed is bit_sum else others
+        assert all(summed(tensor) != summed(other) for other in differing)
