@@ -86,14 +86,14 @@ def off_tables(state_dict: Mapping[str, Any]) -> list[str]:
     """
     dense, buffers = _split(state_dict)
     found = []
-    for name, fields in buffers.items():
+    for name in buffers.keys() & dense.keys():  # one that pruning computes is not in the state dict
         try:
-            _read(name, dense[name], fields)
+            _read(name, dense[name], buffers[name])
         except OffTableError:
             found.append(name)
         except ValueError:  # of a form that is not ours
             continue
-    return found
+    return sorted(found)
 
 
 def _split(state_dict: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]]]:

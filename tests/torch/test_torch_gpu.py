@@ -87,6 +87,22 @@ def test_dkm_trains_there_as_it_does_on_the_cpu(net, options):
             np.testing.assert_allclose(gpu[name].cpu(), tensor, rtol=1e-3, atol=1e-3)
 
 
+def test_what_is_written_to_data_is_noticed():
+    torch.manual_seed(0)
+    palettizer = DKMPalettizer(torch.nn.Linear(16, 8, device=GPU), config_of(DKMPalettizerConfig))
+    model = palettizer.prepare()
+    original = model.parametrizations.weight.original
+    assert torch.equal(model.weight, model.weight)
+    original.data.mul_(-1)
+    assert not torch.equal(model.weight, original)
+    assert model.parametrizations.weight[0].count == 2
+    model.eval()
+    hard = model.weight.clone()
+    original.data.mul_(-1)
+    assert torch.equal(model.weight, palettizer.finalize().weight)
+    assert not torch.equal(model.weight, hard)
+
+
 def test_half_precision_trains_there(net):
     palettizer = DKMPalettizer(net.to(GPU, torch.bfloat16), config_of(DKMPalettizerConfig))
     model = palettizer.prepare()

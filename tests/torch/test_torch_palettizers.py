@@ -866,3 +866,13 @@ def test_known_sensitivities_are_read_and_kept(tmp_path):
     config = PostTrainingPalettizerConfig.from_dict({"global_config": {"n_bits": 2}})
     plain = PostTrainingPalettizer(model, config).compress()
     torch.testing.assert_close(small[0].weight, plain[0].weight)
+
+
+def test_what_is_pruned_after_it_was_palettized_is_left_alone():
+    config = PostTrainingPalettizerConfig.from_dict({"global_config": {"n_bits": 2}})
+    small = PostTrainingPalettizer(net(), config).compress()
+    prune.l1_unstructured(small[0], "weight", 0.5)
+    alone = {"module_name_configs": {"0": None}, "global_config": {"n_bits": 1}}
+    again = PostTrainingPalettizer(small, PostTrainingPalettizerConfig.from_dict(alone)).compress()
+    assert torch.equal(again[0].weight, small[0].weight)
+    assert len(again[2].weight.unique()) == 2
