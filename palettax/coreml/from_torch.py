@@ -56,7 +56,8 @@ def from_torch(
 
     Raises:
         ValueError: a name or a shape that is not the model's, a leaf that the target cannot hold or that did not
-            become a table, activations that are quantized before iOS17, or an unknown frontend.
+            become a table, a weight that eval mode changes (LoRA), activations that are quantized before iOS17, or an
+            unknown frontend.
 
     Example:
         >>> import numpy as np
@@ -112,7 +113,7 @@ def _without_gates(model: torch.nn.Module, leaves: Mapping[str, Any]) -> dict[st
 
 def _prepare(model: torch.nn.Module, leaves: Mapping[str, Any]) -> tuple[torch.nn.Module, dict[str, PalettizedArray]]:
     """A copy of the model with the weights in it, in a float type that Core ML has, and the tables in the same type."""
-    model = evaluated(copied(model))
+    model = evaluated(copied(model), [name for name, leaf in leaves.items() if is_palettized(leaf)])
     tensors = tensors_by_name(model).values()
     if any(tensor.device.type not in ("cpu", "meta") for tensor in tensors):
         model = model.cpu()  # where what the converter makes of it is
@@ -181,8 +182,9 @@ def _convert(
     pipeline.set_options(PASS_NAME, {"tables": tables})
     mlmodel: Any = ct.convert(captured.program, **{**captured.options, **options, "pass_pipeline": pipeline})
     made = {name: tables.op_names.get(first[id(tensors[name])]) for name in leaves}
-    if lenient and (lost := [name for name, op in made.items() if op is None]):
-        warn_caller(f"{', '.join(lost)}: no table in the package: the model does not use it, or computes with it")
-        leaves = {name: leaf for name, leaf in leaves.items() if name not in lost}
+    unused = [name for name in leaves if first[id(tensors[name])] not in tables.seen]
+    if lenient and unused:
+        warn_caller(f"{', '.join(unused)}: no table in the package, as the model does not use it")
+        leaves = {name: leaf for name, leaf in leaves.items() if name not in unused}
     record_leaves(mlmodel, [Use(name, leaf, made[name]) for name, leaf in leaves.items()], {})
     return mlmodel

@@ -34,12 +34,14 @@ class Tables:
         leaf_of: the leaf that each constant holds, by the names of the two.
         half: the program will compute in float16.
         op_names: filled by the pass, the op that it made of each leaf.
+        seen: filled by the pass, the leaves of which there were constants.
     """
 
     leaves: dict[str, PalettizedArray]
     leaf_of: dict[str, str]
     half: bool
     op_names: dict[str, str] = dataclasses.field(default_factory=dict)
+    seen: set[str] = dataclasses.field(default_factory=set)
 
 
 @register_pass(namespace="palettax", override=True)
@@ -57,6 +59,7 @@ class inject_tables(AbstractGraphPass):
 
 @block_context_manager
 def _inject(block: Any, tables: Tables) -> None:
+    tables.seen |= {tables.leaf_of[op.name] for op in block.operations if op.name in tables.leaf_of}
     leaf_of = {op.name: tables.leaf_of[op.name] for op in block.operations if _is_ours(op, tables)}
     taken = {op_name(op.name) for op in block.operations if op.name not in leaf_of}
     for op in list(block.operations):

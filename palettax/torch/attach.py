@@ -78,8 +78,8 @@ def attach(palette: Palettized, owner: torch.nn.Module, attribute: str) -> None:
         return
     _give_own_class(owner)
     parametrize.register_parametrization(owner, attribute, palette, unsafe=True)
-    # Pruning wants a parameter where the parametrization has a property, and finds it in the nick of time.
     owner.register_load_state_dict_pre_hook(_TakeDense(attribute))
+    # Pruning wants a parameter where the parametrization has a property, and finds it in the nick of time.
     owner.register_parameter = MethodType(_make_way_for_pruning, owner)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -199,7 +199,7 @@ class _TakeDense:
             return
         state[f"{inner}original"] = state.pop(plain)
         for place, palette in enumerate(owner.parametrizations[self.attribute]):
-            for name, buffer in palette.named_buffers():
+            for name, buffer in palette.named_buffers() if isinstance(palette, Palettized) else ():
                 state[f"{inner}{place}.{name}"] = torch.zeros_like(buffer) if name == "count" else buffer.clone()
 
 

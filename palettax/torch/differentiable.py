@@ -93,9 +93,9 @@ class Palettized(torch.nn.Module):
         self._keep(_State.of(state, original.device))
         self._fitted = _version(original, mask)
 
-    def _refit(self, original: torch.Tensor, mask: torch.Tensor | None, version: Any) -> None:
+    def _refit(self, original: torch.Tensor, mask: torch.Tensor | None) -> None:
         """A table that has not been trained is one of the weights of now: they may have been loaded since."""
-        if self._fitted != version and self.count == 0:
+        if self.count == 0 and self._fitted != _version(original, mask):
             self._fit(original, mask)
 
     @torch.compiler.disable
@@ -115,6 +115,7 @@ class Palettized(torch.nn.Module):
 
     def palettized(self, original: torch.Tensor, mask: torch.Tensor | None = None) -> PalettizedArray:
         """The weight as it is stored."""
+        self._refit(original, mask)
         weights = to_numpy(self.name, _masked(original, mask))
         with self._named():
             return self.recipe.training().finalize({_LEAF: weights}, self._state.to_jax())[_LEAF]
@@ -145,16 +146,15 @@ class Palettized(torch.nn.Module):
     def _soft(self, original: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         version = _version(original, mask)
         if self._started is None or self._started[0] != version:
-            self._refit(original, mask, version)
+            self._refit(original, mask)
             self._started = version, self._state
         values, *new = _Soft.apply(_masked(original, mask), self.recipe, self._started[1])
         self._keep(_State(*new))
         return values
 
     def _hard(self, original: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        weights = _version(original, mask)
-        self._refit(original, mask, weights)
-        version = weights, self.lut._version
+        self._refit(original, mask)
+        version = _version(original, mask), self.lut._version
         if self._stored is None or self._stored[0] != version:
             with torch.inference_mode(False):
                 stored = to_tensor(self.name, self.palettized(original, mask).depalettize()).to(original.device)

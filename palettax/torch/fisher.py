@@ -130,7 +130,6 @@ def fisher_diagonal(
     return {
         name: arrays.setdefault(id(tensors.get(name, value)), np.zeros(value.shape, np.float32))
         for name, value in own_tensors(model.state_dict()).items()
-        if isinstance(value, torch.Tensor)
     }
 
 

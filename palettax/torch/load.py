@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -134,7 +134,7 @@ def put_tables(model: torch.nn.Module, palettized: Mapping[str, Any]) -> torch.n
     tensors, stale = tensors_by_name(model), off_tables(dense_tensors(model))
     load_into(model, palettized)
     written = {id(tensors[name]) for name in flatten_names(palettized)}
-    stale = [name for name in stale if id(tensors[name]) not in written]
+    stale = [name for name in stale if name in tensors and id(tensors[name]) not in written]
     for name in stale:
         _unregister(model, name)
     if stale:
@@ -142,28 +142,27 @@ def put_tables(model: torch.nn.Module, palettized: Mapping[str, Any]) -> torch.n
     return model
 
 
-def evaluated(model: torch.nn.Module) -> torch.nn.Module:
+def evaluated(model: torch.nn.Module, names: Iterable[str]) -> torch.nn.Module:
     """Put a module in eval mode.
 
     Args:
         model: changed in place.
+        names: of weights that are palettized.
 
     Returns:
         The same module.
 
     Raises:
-        ValueError: that changes a weight, as layers do that merge others into theirs: what has been palettized is then
-            no longer what it computes with.
+        ValueError: that changes one of them, as layers do that merge others into theirs.
     """
-    if not any(module.training for module in model.modules()):
-        return model
-    before = {name: checksum(tensor) for name, tensor in dense_tensors(model).items()}
+    tensors = {name: tensor for name, tensor in tensors_by_name(model).items() if name in set(names)}
+    before = {name: checksum(tensor) for name, tensor in tensors.items() if not tensor.is_meta}
     model.eval()
-    for name, tensor in dense_tensors(model).items():
-        if before.get(name) != checksum(tensor):
+    for name, found in before.items():
+        if checksum(tensors_by_name(model)[name]) != found:
             raise ValueError(
                 f"{name}: eval() changes it, as layers do that merge adapters into their weights (LoRA); merge them "
-                "for good, or put the model in eval mode, before it is palettized"
+                "for good before it is palettized"
             )
     return model
 

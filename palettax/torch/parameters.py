@@ -109,7 +109,7 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
 
     Raises:
         ValueError: a parameter of no float type, on the meta device, with a parametrization, or being pruned when it
-            is not to be trained; a tied one whose names are configured differently.
+            is not to be trained; a tied one whose names are configured, or pruned, differently.
     """
     config.warn_unmatched(model)
     names = names_by_tensor(model)
@@ -123,6 +123,8 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
         tensor = _tensor(place)
         if tensor is None:
             continue
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"{place.name}: it has no shape yet; run the model once, as lazy layers need")
         choice = config.choose(place.name, place.asked, tensor.numel(), module_name=place.asked_name)
         by_default = choice.config is not None and choice.config is config.global_config
         unless_asked = (nn.RNNBase,) if trained else (nn.RNNBase, nn.LayerNorm)
@@ -149,7 +151,8 @@ def parameters_of(model: nn.Module, config: PalettizerConfig[Any], *, trained: b
             reasons[place.name], warned = str(error), True
             continue
         owners = _owners(model, place, names.get(id(tensor), []))
-        masks = [o._buffers[f"{own}_mask"] if is_being_pruned(o, own) else torch.empty(0) for o, own in owners]
+        whole = torch.empty(0, device=tensor.device)
+        masks = [o._buffers[f"{own}_mask"] if is_being_pruned(o, own) else whole for o, own in owners]
         if not all(itertools.starmap(torch.equal, itertools.pairwise(masks))):
             raise ValueError(
                 f"{place.name}: it is tied, and not all its modules prune it alike; make the pruning permanent with "
@@ -265,8 +268,6 @@ def _check(place: _Place, tensor: torch.Tensor, trained: bool, cluster_dim: int)
     name, attribute = place.name, place.attribute
     if parametrize.is_parametrized(place.module, attribute):
         raise ValueError(f"{name}: it has a parametrization; torch.nn.utils.parametrize.remove_parametrizations first")
-    if nn.parameter.is_lazy(tensor):
-        raise ValueError(f"{name}: it has no shape yet; run the model once, as lazy layers need")
     if tensor.is_meta:
         raise ValueError(f"{name}: it is on the meta device and has no values; load its weights first")
     if not tensor.is_floating_point():

@@ -161,6 +161,8 @@ class SKMPalettizer:
             check_values(parameters_of(self._model, self._config).palettized)
         told = dataloader is not None or loss_fn is not None
         if sensitivity_path is not None and (Path(sensitivity_path).exists() or not told):
+            if told:
+                warn_caller(f"{sensitivity_path} exists: it is read, and data and loss are not used")
             tensors = torch.load(sensitivity_path, weights_only=True, map_location="cpu")
         elif dataloader is not None and loss_fn is not None:
             tensors = self.compute_sensitivity(

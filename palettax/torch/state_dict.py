@@ -84,7 +84,9 @@ def off_tables(state_dict: Mapping[str, Any]) -> list[str]:
     Args:
         state_dict: tensors by dotted name, all of them dense.
     """
-    dense, buffers = _split(state_dict)
+    matches = {key: match for key in state_dict if (match := _BUFFER.fullmatch(key))}
+    names = {(match["module"] or "") + match["parameter"] for match in matches.values()}
+    dense, buffers = _split({key: value for key, value in state_dict.items() if key in matches or key in names})
     found = []
     for name in buffers.keys() & dense.keys():  # one that pruning computes is not in the state dict
         try:

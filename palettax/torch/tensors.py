@@ -78,16 +78,20 @@ def checksum(tensor: torch.Tensor) -> int:
 
 
 def bit_sum(tensor: torch.Tensor) -> int:
-    """A checksum by sums alone, which every device has; blind to the order of elements.
+    """A checksum by sums of integers, which every device has, in slices that take little memory.
 
     Args:
         tensor: dense, of any shape.
     """
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     widths = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = real.contiguous().view(widths[real.element_size()]).to(torch.int64)
-    # The bits themselves would add up to the same when as many signs turn one way as the other.
-    return int(((bits ^ (bits >> 15)) * 0x2C1B3C6D ^ bits).sum())
+    total = torch.zeros((), dtype=torch.int64, device=real.device)
+    for part in real.reshape(-1).contiguous().view(widths[real.element_size()]).split(2**22):
+        bits = part.to(torch.int64)
+        places = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+        # Mixed: bits themselves would add up to the same when as many signs turn one way as the other.
+        total = 31 * total + (((bits ^ (bits >> 15)) * 0x2C1B3C6D ^ bits) * places).sum()
+    return int(total)
 
 
 def numpy_dtype(dtype: torch.dtype) -> np.dtype:

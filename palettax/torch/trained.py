@@ -62,7 +62,8 @@ class DKMPalettizer:
             `parametrizations.<name>.original`.
 
         Raises:
-            ValueError: it is prepared already; or naming the parameter, what cannot be palettized about it.
+            ValueError: it is prepared already; or naming the parameter, what cannot be palettized about it. One that a
+                layer merges others into in eval mode (LoRA) is refused.
         """
         if palettes_of(self._model):
             raise ValueError("the model is prepared already; train it, or finalize it first")
@@ -72,6 +73,8 @@ class DKMPalettizer:
         model = self._model if inplace else copied(self._model)
         found, self._dense = parameters_of(model, self._config, trained=True)  # all of them before one changes
         check_values(parameter for parameter in found if parameter.config.milestone == 0)
+        # Of a copy if it is to be left alone when that is an error.
+        evaluated((copied(model) if inplace else model).train(), [parameter.name for parameter in found])
         for parameter in found:
             _attach(parameter)
         follow_parametrizations(model)
@@ -102,7 +105,7 @@ class DKMPalettizer:
             if flag:
                 palette.enable()
             else:
-                palette.module.enabled.fill_(False)
+                palette.module.enabled.fill_(0)
 
     def finalize(self, model: torch.nn.Module | None = None, inplace: bool = False) -> torch.nn.Module:
         """Put every weight on its table, and take the palettes off.
@@ -117,7 +120,7 @@ class DKMPalettizer:
             come, stays as it is, with a warning.
 
         Raises:
-            ValueError: naming the parameter: it holds NaN or infinities, or eval mode changes it (LoRA).
+            ValueError: naming the parameter: it holds NaN or infinities.
         """
         model = self._model if model is None else model
         model = model if inplace else copied(model)
@@ -133,11 +136,11 @@ class DKMPalettizer:
         detach(model)
         forget_parametrizations(model)
         fix_output_ranges(model)
-        return put_tables(evaluated(model), leaves)
+        return put_tables(model, leaves).eval()
 
     def report(self) -> Report:
         """What the palettes of now would make of each parameter, and why others have none; print it to read it."""
-        if not self._prepared:
+        if not self._prepared and not palettes_of(self._model):
             raise ValueError("there is nothing to report yet; call prepare first")
         palettes = palettes_of(self._model)
         others = tensors_by_name(self._model)

@@ -676,7 +676,7 @@ class Adapted(torch.nn.Linear):
 
     def __init__(self):
         super().__init__(16, 32)
-        self.beside = torch.nn.Parameter(torch.ones(32, 16))
+        self.beside = torch.nn.Parameter(torch.full((32, 16), 0.01))
 
     def train(self, mode=True):
         if self.training and not mode:
@@ -695,10 +695,13 @@ def test_layers_that_merge_weights_in_eval_mode_are_refused():
     ).compress()
     with pytest.raises(ValueError, match=r"0\.weight: eval\(\) changes it"):
         px.coreml.from_torch(small, torch.ones(1, 16), minimum_deployment_target="iOS18")
-    palettizer = DKMPalettizer(torch.nn.Sequential(Adapted()), DKMPalettizerConfig.from_dict(config))
-    train(palettizer.prepare(), palettizer)
-    with pytest.raises(ValueError, match=r"0\.weight: eval\(\) changes it"):
-        palettizer.finalize()
+    for inplace in (False, True):
+        model = torch.nn.Sequential(Adapted())
+        before = copy.deepcopy(model.state_dict())
+        palettizer = DKMPalettizer(model, DKMPalettizerConfig.from_dict(config))
+        with pytest.raises(ValueError, match=r"0\.weight: eval\(\) changes it"):
+            palettizer.prepare(inplace)
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     merged = torch.nn.Sequential(Adapted()).eval()
     small = PostTrainingPalettizer(merged, PostTrainingPalettizerConfig.from_dict(config)).compress()
     mlmodel = px.coreml.from_torch(small, torch.ones(1, 16), minimum_deployment_target="iOS18")
@@ -714,6 +717,16 @@ class Masked(torch.nn.Linear):
 
     def forward(self, x):
         return torch.nn.functional.linear(x, self.weight * self.weight_mask, self.bias)
+
+
+def test_layers_that_merge_weights_may_stay_dense():
+    config = {"module_name_configs": {"0": None}, "global_config": {"n_bits": 2, "weight_threshold": 10}}
+    model = torch.nn.Sequential(Adapted(), torch.nn.Linear(32, 8))
+    palettizer = DKMPalettizer(model, DKMPalettizerConfig.from_dict(config))
+    prepared = train(palettizer.prepare(), palettizer)
+    final = palettizer.finalize()
+    torch.testing.assert_close(final[0].weight, prepared[0].weight + prepared[0].beside)
+    assert len(final[1].weight.unique()) == 4
 
 
 def test_a_mask_of_a_layers_own_is_no_pruning():
@@ -831,6 +844,25 @@ def test_the_state_of_a_dense_model_loads_and_makes_new_tables(strict):
             torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0)
 
 
+def test_what_is_stored_right_after_a_state_is_loaded_is_of_that_state():
+    palettizer = dkm(net(), n_bits=2)
+    model = palettizer.prepare()
+    dense = {name: 3 * tensor for name, tensor in net().state_dict().items()}
+    model.eval()(torch.ones(1, 16))
+    model.load_state_dict(dense)
+    tripled = net()
+    tripled.load_state_dict(dense)
+    fresh = dkm(tripled, n_bits=2)
+    fresh.prepare().eval()(torch.ones(1, 16))
+    assert palettizer.report() == fresh.report()
+    assert torch.equal(palettizer.finalize()[0].weight, fresh.finalize()[0].weight)
+
+
+def test_lazy_layers_are_named():
+    with pytest.raises(ValueError, match=r"^0\.weight: it has no shape yet"):
+        PostTrainingPalettizer(torch.nn.Sequential(torch.nn.LazyLinear(8))).compress()
+
+
 def test_the_seed_of_torch_changes_nothing_for_scalars():
     parameters = []
     for seed in (0, 1):
@@ -861,7 +893,8 @@ def test_known_sensitivities_are_read_and_kept(tmp_path):
     palettizer.compress(data, loss, path)
     torch.save({name: torch.ones_like(p) for name, p in model.named_parameters()}, path)
     before = path.read_bytes()
-    small = palettizer.compress(data, loss, path)
+    with pytest.warns(UserWarning, match=r"sensitivity\.pt exists: it is read"):
+        small = palettizer.compress(data, loss, path)
     assert path.read_bytes() == before
     config = PostTrainingPalettizerConfig.from_dict({"global_config": {"n_bits": 2}})
     plain = PostTrainingPalettizer(model, config).compress()
