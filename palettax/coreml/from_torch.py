@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -157,6 +158,7 @@ def _convert_by(
         if frontend == "export":
             raise
         failure = error
+        traceback.clear_frames(error.__traceback__)  # the converter's temporary files go with its variables
     try:
         return _convert(trace(model, example_inputs), model, leaves, options, lenient=lenient)
     except Exception as error:
