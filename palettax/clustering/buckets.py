@@ -23,6 +23,7 @@ CHUNK = 2**17
 """Weights that are in memory at a time beside what is given and what is asked for."""
 
 CODE = "palettax bucket"
+"""The name under which derivatives of values keep the buckets, two bytes a weight, rather than find them again."""
 
 
 class Grid(NamedTuple):
@@ -55,20 +56,23 @@ class Grid(NamedTuple):
         """Buckets on each side of an entry."""
         return min(BUCKETS // self.reach.size, FINEST)
 
-    def buckets_of(self, weights: Float[jax.Array, " n"]) -> UInt16[jax.Array, " n"]:
-        """The bucket of every weight."""
-        weights = jax.lax.stop_gradient(weights)
+    def buckets_of(
+        self, weights: Float[jax.Array, " n"], middles: Float[jax.Array, " buckets"]
+    ) -> tuple[UInt16[jax.Array, " n"], Float[jax.Array, " n"]]:
+        """The bucket of every weight, and how far the weight is from its middle."""
+        fixed = jax.lax.stop_gradient(weights)
         halfway = self.entries[:-1] + self.reach[:-1, 1]
         if halfway.size < 32:  # comparing with all is faster than bisection
-            entry = (weights[:, None] > halfway).sum(axis=1, dtype=jnp.int32)
+            entry = (fixed[:, None] > halfway).sum(axis=1, dtype=jnp.int32)
         else:
-            entry = jnp.searchsorted(halfway, weights, method="scan").astype(jnp.int32)
-        gap = weights - self.entries[entry]
+            entry = jnp.searchsorted(halfway, fixed, method="scan").astype(jnp.int32)
+        gap = fixed - self.entries[entry]
         side = 2 * entry + (gap > 0)
         reach = self.reach.reshape(-1)[side]
         left = jnp.maximum(1 - abs(gap) / jnp.where(reach > 0, reach, 1), 0)  # of the way to the middle
         number = jnp.minimum((jnp.sqrt(left) * self.steps).astype(jnp.int32), self.steps - 1)
-        return checkpoint_name((side * self.steps + number).astype(jnp.uint16), CODE)
+        code = checkpoint_name((side * self.steps + number).astype(jnp.uint16), CODE)
+        return code, weights - middles[code]
 
     def middles(self) -> Float[jax.Array, " buckets"]:
         """The middle of every bucket."""
@@ -98,9 +102,7 @@ def bucketed(
 
     def collect(total: tuple, chunk: tuple) -> tuple[tuple, None]:
         weights, mass = chunk
-        places = place(weights)
-        code = grid.buckets_of(places)
-        gap = places - middles[code]
+        code, gap = grid.buckets_of(place(weights), middles)
         own = jnp.ones_like(gap) if mass is None else mass.astype(gap.dtype)
         # Each chunk by itself: a float that counts one by one stops at 2^24.
         return tuple(t + zero.at[code].add(v) for t, v in zip(total, (own, own * gap, own * gap**2), strict=True)), None
@@ -136,9 +138,7 @@ def interpolated(
 
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(CODE))
     def read(chunk: tuple) -> jax.Array:
-        places = place(chunk[0])
-        code = grid.buckets_of(places)
-        gap = places - middles[code]
+        code, gap = grid.buckets_of(place(chunk[0]), middles)
         value, slope, bend = (column[code] for column in tables)
         return (value + unit * gap * (slope + gap * bend / 2)).astype(weights.dtype)
 

@@ -316,6 +316,14 @@ class Unused(torch.nn.Module):
         return self.used(x)
 
 
+def test_a_layer_that_the_model_does_not_use_is_left_out():
+    tree = {name: random_leaf((8, 8)) for name in ("used.weight", "unused.weight")}
+    model = load_into(Unused(), tree)
+    with pytest.warns(UserWarning, match=r"^unused\.weight: no table in the package"):
+        mlmodel = from_torch(model, torch.ones(1, 8), minimum_deployment_target="iOS18")
+    assert list(read_palettes(mlmodel)) == ["used.weight"]
+
+
 @pytest.mark.parametrize(
     ("name", "form", "target", "message"),
     [

@@ -770,26 +770,6 @@ def test_a_tied_parameter_that_is_pruned_in_one_place_is_refused():
         dkm(model).prepare()
 
 
-def test_a_layer_that_is_not_used_is_left_out_of_the_package():
-    class Auxiliary(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.own, self.unused = torch.nn.Linear(16, 32), torch.nn.Linear(16, 32)
-
-        def forward(self, x):
-            return self.own(x)
-
-    config = PostTrainingPalettizerConfig.from_dict({"global_config": {"n_bits": 2}})
-    small = PostTrainingPalettizer(Auxiliary(), config).compress()
-    with pytest.warns(UserWarning, match=r"unused\.weight: no table in the package"):
-        mlmodel = px.coreml.from_torch(small, torch.ones(1, 16), minimum_deployment_target="iOS18")
-    assert list(px.coreml.read_palettes(mlmodel)) == ["own.weight"]
-    with pytest.raises(ValueError, match=r"unused\.weight: it did not become a lookup table"):
-        px.coreml.from_torch(
-            small, torch.ones(1, 16), px.torch.load.tables_of(small), minimum_deployment_target="iOS18"
-        )
-
-
 class Stateful(torch.nn.Linear):
     """A layer with what no array holds in its state dict."""
 
